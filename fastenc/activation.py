@@ -1,0 +1,57 @@
+"""The activations: one table, name -> forward and derivative in ATen. It is the reference and the list of names.
+
+The order of `ACTIVATIONS` is the order of `enum class ActivationKind` in `csrc/activation.h`; a test compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LEAKY_RELU_SLOPE = 0.01  # torch.nn.LeakyReLU's default
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation and its derivative.
+
+    `forward(preact) -> out`, elementwise, any shape.
+    `backward(grad_out, saved) -> grad_preact`, itself differentiable. `saved` is `preact` if `saves_preact`, else `out`.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+    saves_preact: bool = False
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "identity": Activation(lambda z: z, lambda grad, out: grad),
+    "relu": Activation(F.relu, lambda grad, out: aten.threshold_backward(grad, out, 0)),
+    "leaky_relu": Activation(
+        lambda z: F.leaky_relu(z, LEAKY_RELU_SLOPE),
+        lambda grad, out: aten.leaky_relu_backward(grad, out, LEAKY_RELU_SLOPE, True),
+    ),
+    "sigmoid": Activation(torch.sigmoid, lambda grad, out: aten.sigmoid_backward(grad, out)),
+    "tanh": Activation(torch.tanh, lambda grad, out: aten.tanh_backward(grad, out)),
+    "gelu": Activation(F.gelu, lambda grad, preact: aten.gelu_backward(grad, preact), saves_preact=True),
+    "gelu_tanh": Activation(
+        lambda z: F.gelu(z, approximate="tanh"),
+        lambda grad, preact: aten.gelu_backward(grad, preact, approximate="tanh"),
+        saves_preact=True,
+    ),
+    "silu": Activation(F.silu, lambda grad, preact: aten.silu_backward(grad, preact), saves_preact=True),
+}
+
+
+def get_activation(name: str) -> Activation:
+    """The activation called `name`; a ValueError that lists the names if there is none."""
+    try:
+        return ACTIVATIONS[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"unknown activation {name!r}; choose one of {', '.join(ACTIVATIONS)}") from None

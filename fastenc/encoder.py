@@ -1,0 +1,171 @@
+"""Encoder, its mirror image, and the heads that are trained on top of it: stacks of FusedDense layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .functional import encoder as encoder_stack
+from .modules import FusedDense
+from .pretrained import Pretrained
+
+
+class Encoder(Pretrained, nn.Module):
+    """A stack of FusedDense layers that turns `[..., in_features]` into vectors `[..., widths[-1]]`.
+
+    Args:
+        in_features: number of input features.
+        widths: the width of each layer; the last is the size of the code.
+        activation: of every layer but the last.
+        final_activation: of the last layer; None means as the others.
+        bias: whether the layers have biases.
+        dropout: probability of dropping a hidden feature (between layers, not after the last) while training.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        widths: Sequence[int] = (128, 64, 32, 16),
+        activation: str = "relu",
+        final_activation: str | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        widths = tuple(int(width) for width in widths)
+        if not widths:
+            raise ValueError("widths is empty; an Encoder needs at least one layer, for example widths=(16,)")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}; it must be at least 0 and less than 1")
+        self.in_features = in_features
+        self.widths = widths
+        self.activation = activation
+        self.final_activation = activation if final_activation is None else final_activation
+        self.dropout = dropout
+        names = [activation] * (len(widths) - 1) + [self.final_activation]
+        self.layers = nn.ModuleList(
+            FusedDense(before, width, bias, name, device, dtype)
+            for before, width, name in zip((in_features, *widths), widths, names, strict=False)
+        )
+
+    @property
+    def out_features(self) -> int:
+        return self.widths[-1]
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON can hold them."""
+        return {
+            "in_features": self.in_features,
+            "widths": list(self.widths),
+            "activation": self.activation,
+            "final_activation": self.final_activation,
+            "bias": self.layers[0].bias is not None,
+            "dropout": self.dropout,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_stack(self, x)
+
+
+def run_stack(stack: Encoder, x: Tensor) -> Tensor:
+    layers = list(stack.layers)
+    if stack.training and stack.dropout > 0:
+        for layer in layers[:-1]:
+            x = F.dropout(layer(x), stack.dropout)
+        return layers[-1](x)
+    return encoder_stack(
+        x, [m.weight for m in layers], [m.bias for m in layers], [m.activation for m in layers]
+    )
+
+
+class AutoEncoder(Pretrained, nn.Module):
+    """An encoder and its mirror image: `decode(encode(x))` is trained to be `x`.
+
+    Args:
+        encoder: the Encoder; its widths, reversed, are the decoder's.
+        final_activation: of the reconstruction; "sigmoid" for features in 0 to 1.
+    """
+
+    def __init__(self, encoder: Encoder, final_activation: str = "identity") -> None:
+        super().__init__()
+        first = encoder.layers[0]
+        self.encoder = encoder
+        self.decoder = Encoder(
+            encoder.out_features,
+            (*reversed(encoder.widths[:-1]), encoder.in_features),
+            encoder.activation,
+            final_activation,
+            bias=first.bias is not None,
+            dropout=encoder.dropout,
+            device=first.weight.device,
+            dtype=first.weight.dtype,
+        )
+
+    def config(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.config(), "final_activation": self.decoder.final_activation}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> AutoEncoder:
+        return cls(Encoder(**config["encoder"]), config["final_activation"])
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+    def decode(self, code: Tensor) -> Tensor:
+        return self.decoder(code)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+class _Head(Pretrained, nn.Module):
+    """An encoder and one linear layer on its code."""
+
+    def __init__(self, encoder: Encoder, out_features: int) -> None:
+        super().__init__()
+        weight = encoder.layers[0].weight
+        self.encoder = encoder
+        self.head = FusedDense(
+            encoder.out_features, out_features, activation="identity", device=weight.device, dtype=weight.dtype
+        )
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))
+
+
+class Classifier(_Head):
+    """An encoder and a linear layer to `num_classes` logits: `[..., in_features] -> [..., num_classes]`."""
+
+    def __init__(self, encoder: Encoder, num_classes: int) -> None:
+        super().__init__(encoder, num_classes)
+
+    def config(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.config(), "num_classes": self.head.out_features}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Classifier:
+        return cls(Encoder(**config["encoder"]), config["num_classes"])
+
+
+class Regressor(_Head):
+    """An encoder and a linear layer to `num_outputs` numbers: `[..., in_features] -> [..., num_outputs]`."""
+
+    def __init__(self, encoder: Encoder, num_outputs: int) -> None:
+        super().__init__(encoder, num_outputs)
+
+    def config(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.config(), "num_outputs": self.head.out_features}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Regressor:
+        return cls(Encoder(**config["encoder"]), config["num_outputs"])
