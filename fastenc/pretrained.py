@@ -1,9 +1,298 @@
-"""Saving and loading (skeleton)."""
+"""Saving a model to a folder and loading it back.
+
+`model.safetensors` is the whole truth: the tensors and, in its metadata, the class, the config and the preprocessing,
+each under a checksum. One file means that one rename makes a save atomic. `config.json` and `preprocessing.json` are
+copies for people to read; they are written after it and never read back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+MODEL_FILE = "model.safetensors"
+FORMAT_VERSION = 1
+_METADATA_KEY = "fastenc"
+_ABANDONED_AFTER = 3600.0  # seconds; a temporary this old belongs to a save that was killed
+
+
+class ModelFileError(ValueError):
+    """A model folder that cannot be saved to or loaded from; the message says why and what to do."""
 
 
 class Pretrained:
-    """Mixin."""
+    """Mixin for `nn.Module`s with `config()` (JSON) and `from_config`, which saves them to a folder and loads them.
+
+    All state must be in parameters and persistent buffers, because a loaded model is built without memory and then
+    given the saved tensors.
+    """
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` needs to build this model again, as JSON can hold it."""
+        raise NotImplementedError(f"{type(self).__name__} needs a config() to be saved")
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Any:
         return cls(**config)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, preprocessing: dict[str, Any] | None = None) -> None:
+        """Save the model, and the preprocessing its inputs need, to `folder` (made if absent).
+
+        The old model stays loadable until the new one is complete on disk: killed or out of disk at any moment, the
+        folder holds one or the other. Parameters that are one tensor (tied) are written once and tied again on load.
+
+        Args:
+            folder: where `model.safetensors`, `config.json` and `preprocessing.json` go.
+            preprocessing: a dict that JSON can hold; `load_preprocessing` gives it back.
+
+        Raises:
+            ModelFileError: the folder is a file, the model does not match its config, or preprocessing is not JSON.
+            OSError: the disk is full or not writable. Once the new model is in place only the copies can be missing.
+        """
+        assert isinstance(self, nn.Module)
+        tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        _check_config(self, tensors)
+        tied = _tied_names(self)
+        tensors = _separate({name: tensor for name, tensor in tensors.items() if name not in tied})
+        record = {
+            "format_version": FORMAT_VERSION,
+            "class": type(self).__name__,
+            "config": self.config(),
+            "preprocessing": preprocessing,
+            "tied": tied,
+            "tensors_sha256": _tensors_digest(tensors),
+        }
+        try:
+            record = json.loads(_canonical(record))  # tuples to lists, keys to text: what a load will see
+        except (TypeError, ValueError) as error:
+            raise ModelFileError(f"config and preprocessing must be what JSON can hold: {error}") from error
+        metadata = {_METADATA_KEY: _canonical({**record, "sha256": _text_digest(_canonical(record))})}
+
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ModelFileError(f"{folder} is, or lies under, a file; give a folder to save the model to") from None
+        _write_atomically(folder / MODEL_FILE, save(tensors, metadata))
+        _write_copy(folder / "config.json", {"class": record["class"], **record["config"]})
+        _write_copy(folder / "preprocessing.json", record["preprocessing"])
+        _remove_abandoned(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Any:
+        """Load the model that `save_pretrained` wrote, in eval mode, in the dtype it was saved in.
+
+        Args:
+            folder: the folder given to `save_pretrained`.
+            device: where the parameters go; None is the CPU.
+
+        Raises:
+            ModelFileError: the folder holds no intact model of this class; the message says what to do.
+        """
+        return _load(Path(folder), device, {cls.__name__: cls})
+
+
+def load_pretrained(folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Any:
+    """Load whichever fastenc model `folder` holds: Encoder, AutoEncoder, Classifier or Regressor, in eval mode.
+
+    Raises:
+        ModelFileError: as `Pretrained.from_pretrained`.
+    """
+    from .encoder import AutoEncoder, Classifier, Encoder, Regressor
+
+    classes = {"Encoder": Encoder, "AutoEncoder": AutoEncoder, "Classifier": Classifier, "Regressor": Regressor}
+    return _load(Path(folder), device, classes)
+
+
+def load_preprocessing(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The preprocessing saved with the model in `folder`, or None. The tensors are not read.
+
+    Raises:
+        ModelFileError: as `Pretrained.from_pretrained`.
+    """
+    path = _model_path(Path(folder))
+    try:
+        with safe_open(path, "pt") as file:
+            return _read_record(path, file.metadata())["preprocessing"]
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+
+
+def _load(folder: Path, device: torch.device | str | None, classes: dict[str, type]) -> Any:
+    path = _model_path(folder)
+    try:
+        with safe_open(path, "pt") as file:
+            record = _read_record(path, file.metadata())
+            name = record["class"]
+            if name not in classes:
+                raise ModelFileError(f"{path} holds a model of class {name}; load it with {name}.from_pretrained")
+            # Copies, and the checksum is of the copies: what was checked is what is used, though the file change.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
+    if _tensors_digest(tensors) != record["tensors_sha256"]:
+        raise _damaged(path, "the tensors do not match their checksum")
+    tensors.update({alias: tensors[kept] for alias, kept in record["tied"].items() if kept in tensors})
+    try:
+        with torch.device("meta"):  # no memory, no random numbers
+            model = classes[name].from_config(record["config"])  # type: ignore[attr-defined]
+    except (TypeError, KeyError, ValueError) as error:
+        raise ModelFileError(
+            f"{path}: its config does not build a {name} with this version of fastenc ({error}); "
+            "load it with the version that saved it"
+        ) from error
+    if difference := _difference(model.state_dict(), tensors):
+        raise ModelFileError(f"{path} does not fit its own config: {difference}; save the model again")
+    model.load_state_dict(tensors, assign=True)
+    for alias, kept in record["tied"].items():
+        _set_parameter(model, alias, model.get_parameter(kept))
+    return model.to(device or "cpu").eval()
+
+
+def _model_path(folder: Path) -> Path:
+    path = folder / MODEL_FILE
+    if not folder.exists():
+        raise ModelFileError(f"there is no folder {folder}; give the folder that save_pretrained wrote")
+    if not path.is_file():
+        raise ModelFileError(f"there is no {MODEL_FILE} in {folder}; give the folder that save_pretrained wrote")
+    with path.open("rb") as file:
+        head = file.read(9)
+    # The ninth byte of a safetensors file is the brace that opens its header; the first eight can be anything.
+    if head[8:] != b"{" and (head[:1] == b"\x80" or head[:2] == b"PK"):
+        raise ModelFileError(
+            f"{path} is a pickle, which can run code when it is loaded, so it was not opened; "
+            "load it where you trust it and save it with save_pretrained"
+        )
+    return path
+
+
+def _read_record(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    """The checked metadata, without its own checksum."""
+    if not metadata or _METADATA_KEY not in metadata:
+        raise ModelFileError(f"{path} was not written by fastenc; give a folder that save_pretrained wrote")
+    try:
+        record = json.loads(metadata[_METADATA_KEY])
+        version = record["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ModelFileError(
+                f"{path} has format version {version} and this fastenc reads up to {FORMAT_VERSION}; upgrade fastenc"
+            )
+        if record.pop("sha256") != _text_digest(_canonical(record)):
+            raise _damaged(path, "the config does not match its checksum")
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from None
+    return record
+
+
+def _damaged(path: Path, why: object) -> ModelFileError:
+    return ModelFileError(f"{path} is truncated or damaged ({why}); restore it from a backup or save the model again")
+
+
+def _canonical(record: dict[str, Any]) -> str:
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tensors_digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_config(model: Any, tensors: dict[str, Tensor]) -> None:
+    """Refuse to write what could not be loaded: a model that was changed after it was built."""
+    with torch.device("meta"):
+        rebuilt = type(model).from_config(model.config())
+    if difference := _difference(rebuilt.state_dict(), tensors):
+        raise ModelFileError(
+            f"this {type(model).__name__} is no longer what its config describes: {difference}; "
+            "undo what was changed in it, or save its state_dict() with safetensors"
+        )
+
+
+def _difference(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
+    for name in expected:
+        if name not in tensors:
+            return f"{name} is missing"
+        if expected[name].shape != tensors[name].shape:
+            return f"{name} is {list(tensors[name].shape)}, not {list(expected[name].shape)}"
+    extra = [name for name in tensors if name not in expected]
+    return f"{extra[0]} is not part of it" if extra else ""
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """alias -> the first name of the same parameter."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        kept = first.setdefault(id(parameter), name)
+        if kept != name:
+            tied[name] = kept
+    return tied
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same on the CPU, contiguous, no two in one storage, as safetensors wants them."""
+    storages = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return separate
+
+
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def _write_copy(path: Path, content: dict[str, Any] | None) -> None:
+    if content is None:
+        path.unlink(missing_ok=True)  # of an earlier save
+    else:
+        _write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary in the same folder, flush it to the disk, rename it. A failure leaves `path` as it was."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        what = f"{error.strerror}; the file there is as it was: free some space or choose another folder"
+        raise OSError(error.errno, what, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # Windows cannot open a folder to flush it
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for temporary in folder.glob(".*.tmp"):
+        if time.time() - temporary.stat().st_mtime > _ABANDONED_AFTER:
+            temporary.unlink(missing_ok=True)
