@@ -131,7 +131,8 @@ def as_array(x: Any, name: str) -> np.ndarray:
         return (x if known else x.float()).resolve_conj().resolve_neg().numpy()
     if isinstance(x, (str, bytes, dict)) or not (isinstance(x, (list, tuple)) or hasattr(x, "__array__")):
         raise DataError(
-            f"{name} is of type {type(x).__name__}; give a tensor, a numpy array, a pandas or pyarrow table, or a nested list"
+            f"{name} is of type {type(x).__name__}; give a tensor, a numpy array, a pandas or pyarrow table, or a list "
+            "of rows"
         )
     try:
         array = np.asarray(x)
@@ -166,12 +167,12 @@ def check_shape(shape: tuple[int, ...], name: str) -> None:
     if len(shape) < 2:
         raise DataError(
             f"{name} has {len(shape)} dimension{'s' * (len(shape) != 1)} where [rows, features] is expected; use "
-            f"{name}.reshape(-1, 1) if it is one feature, or {name}[None] if it is one row"
+            "x.reshape(-1, 1) if it is one feature, or x[None] if it is one row"
         )
     if len(shape) > 2:
         raise DataError(
             f"{name} has {len(shape)} dimensions, {list(shape)}, where [rows, features] is expected; use "
-            f"{name}.reshape({shape[0]}, -1) to make every row one vector"
+            f"x.reshape({shape[0]}, -1) to make every row one vector"
         )
     if shape[1] == 0:
         raise DataError(f"{name} has no columns; give at least one feature")

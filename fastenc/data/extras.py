@@ -1,0 +1,25 @@
+"""Packages that only the tables, the preprocessing and the command line need: imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+_PACKAGES = {"sklearn": "scikit-learn"}  # where pip's name is not the module's
+
+
+def require(module: str, purpose: str) -> ModuleType:
+    """The imported `module`; if its package is missing, ModuleNotFoundError that says how to install it.
+
+    Args:
+        module: for example "pandas" or "sklearn.impute".
+        purpose: the subject of the error's sentence, for example "reading tables".
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        top = module.partition(".")[0]
+        if error.name != top:  # the package is there, and something that it needs is not
+            raise
+        package = _PACKAGES.get(top, top)
+        raise ModuleNotFoundError(f'{purpose} needs {package}; run: pip install "fastenc[app]"', name=top) from None
