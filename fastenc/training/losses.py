@@ -1,0 +1,77 @@
+"""Losses by name, and the check that a target fits the loss and what the model gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastenc.data import DataError
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+LOSSES: dict[str, LossFunction] = {"mse": F.mse_loss, "mae": F.l1_loss, "cross_entropy": F.cross_entropy}
+
+
+def get_loss(loss: str | LossFunction) -> LossFunction:
+    """The function of a name in LOSSES, or `loss` itself: (prediction, target) -> the mean over the rows, 0-D."""
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}; give one of {', '.join(LOSSES)}, or a function of (prediction, target)")
+    return LOSSES[loss]
+
+
+def fit_target(target: Tensor, output: Tensor, loss: str | LossFunction, name: str) -> Tensor:
+    """`target` as the loss wants it for a model that gives `output`.
+
+    Args:
+        target: [rows, ...], numbers or class labels.
+        output: [any number of rows, ...], what the model gives; only its shape and dtype matter.
+        loss: cross_entropy turns whole numbers into int64 labels and checks that each is a class of the model, or takes
+            one probability for each class; the other names want the shape of the output, and give [rows] the shape
+            [rows, 1] if that is the output's. A function gets the target as it is.
+        name: what to call the target in errors.
+
+    Raises:
+        DataError: the shape, a label out of range, or a label that is not a whole number.
+    """
+    if callable(loss):
+        return target
+    if not isinstance(output, Tensor):
+        raise DataError(
+            f"the model gives a {type(output).__name__}, and loss={loss!r} needs one tensor; give a function as loss"
+        )
+    rows, wanted = len(target), output.shape[1:]
+    if loss == "cross_entropy" and (target.shape != (rows, *wanted) or not target.is_floating_point()):
+        return _labels(target, wanted, name)
+    if target.ndim == 1 and wanted == (1,):
+        target = target.unsqueeze(1)
+    if target.shape[1:] != wanted:
+        raise DataError(
+            f"the model gives {list(wanted)} for a row and {name} has {list(target.shape[1:])}; "
+            f"change the model's output or {name}"
+        )
+    return target.to(output.dtype)
+
+
+def _labels(target: Tensor, wanted: torch.Size, name: str) -> Tensor:
+    if target.shape == (len(target), 1) and len(wanted) == 1:
+        target = target[:, 0]
+    if not wanted or target.shape[1:] != wanted[1:]:
+        raise DataError(
+            f"the model gives {list(wanted)} for a row and {name} has {list(target.shape[1:])}; "
+            "cross_entropy needs one output for each class and one label, or one probability for each class, for a row"
+        )
+    labels = target.long()
+    if target.is_floating_point() and not torch.equal(labels.to(target.dtype), target):
+        raise DataError(f"{name} holds numbers that are not whole; cross_entropy needs labels 0 to {wanted[0] - 1}")
+    lowest, highest = labels.min().item(), labels.max().item()
+    if lowest < 0 or highest >= wanted[0]:
+        raise DataError(
+            f"{name} holds labels {lowest} to {highest} and the model knows 0 to {wanted[0] - 1}; give the model "
+            f"{highest + 1} classes, or number the labels from 0, as np.unique({name}, return_inverse=True)[1] does"
+        )
+    return labels
