@@ -12,6 +12,7 @@ import json
 import os
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 MODEL_FILE = "model.safetensors"
+CONFIG_COPY = "config.json"
+PREPROCESSING_COPY = "preprocessing.json"
 FORMAT_VERSION = 1
 _METADATA_KEY = "fastenc"
 _ABANDONED_AFTER = 3600.0  # seconds; a temporary this old belongs to a save that was killed
@@ -84,8 +87,8 @@ class Pretrained:
         except (FileExistsError, NotADirectoryError):
             raise ModelFileError(f"{folder} is, or lies under, a file; give a folder to save the model to") from None
         _write_atomically(folder / MODEL_FILE, save(tensors, metadata))
-        _write_copy(folder / "config.json", {"class": record["class"], **record["config"]})
-        _write_copy(folder / "preprocessing.json", record["preprocessing"])
+        _write_copy(folder / CONFIG_COPY, {"class": record["class"], **record["config"]})
+        _write_copy(folder / PREPROCESSING_COPY, record["preprocessing"])
         _remove_abandoned(folder)
 
     @classmethod
@@ -148,7 +151,7 @@ def _load(folder: Path, device: torch.device | str | None, classes: dict[str, ty
             model = classes[name].from_config(record["config"])  # type: ignore[attr-defined]
     except (TypeError, KeyError, ValueError) as error:
         raise ModelFileError(
-            f"{path}: its config does not build a {name} with this version of fastenc ({error}); "
+            f"{path}: its config does not build {name} with this version of fastenc ({error}); "
             "load it with the version that saved it"
         ) from error
     if difference := _difference(model.state_dict(), tensors):
@@ -293,6 +296,8 @@ def _write_atomically(path: Path, content: bytes) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    for temporary in folder.glob(".*.tmp"):
-        if time.time() - temporary.stat().st_mtime > _ABANDONED_AFTER:
-            temporary.unlink(missing_ok=True)
+    for name in (MODEL_FILE, CONFIG_COPY, PREPROCESSING_COPY):
+        for temporary in folder.glob(f".{name}.*.tmp"):
+            with suppress(FileNotFoundError):  # another process may be at the same work
+                if time.time() - temporary.stat().st_mtime > _ABANDONED_AFTER:
+                    temporary.unlink()
