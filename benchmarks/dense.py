@@ -1,0 +1,50 @@
+"""Is one FusedDense faster than nn.Linear and nn.ReLU, whatever the shape?"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastenc import FusedDense
+
+from .command import Options, Question, main
+from .harness import Case, Sides
+from .stacks import EVERYTHING, FORWARD, stack_flops, stack_sides
+
+ROWS = (1, 32, 256, 4096)
+WIDTHS = (16, 128, 784, 1024)
+QUICK_SHAPES = ((1, 16, 16), (32, 128, 784))
+
+
+def cases(options: Options) -> Iterator[Case]:
+    shapes = QUICK_SHAPES if options.quick else tuple(itertools.product(ROWS, WIDTHS, WIDTHS))
+    for threads, dtype, mode in itertools.product(options.threads, options.dtypes, (FORWARD, EVERYTHING)):
+        for M, N, K in shapes:
+            yield Case(mode, {"M": M, "N": N, "K": K}, dtype, threads, stack_flops(M, (K, N), mode), setup)
+
+
+def setup(case: Case) -> Sides:
+    M, N, K = case.sizes.values()
+    linear, relu = nn.Linear(K, N, dtype=case.dtype), nn.ReLU()
+    fused = FusedDense(K, N, activation="relu", dtype=case.dtype)
+
+    def eager(x: Tensor) -> Tensor:
+        return relu(linear(x))
+
+    return stack_sides(case, M, fused, eager, [linear])
+
+
+QUESTION = Question(
+    name="dense",
+    title="One FusedDense (relu) against nn.Linear and nn.ReLU; out[M, N] from x[M, K]",
+    cases=cases,
+    dtypes=(torch.float32, torch.bfloat16),
+    budget_s=1.0,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(QUESTION))

@@ -1,0 +1,112 @@
+"""Sides for a stack of Linear + relu layers: the same weights and inputs, forward or forward and backward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .harness import Call, Case, Results, Sides
+
+FORWARD = "forward, inference"
+PARAMETERS = "forward + backward, parameter gradients"
+EVERYTHING = "forward + backward"
+MARGIN = 1e-4  # some hundred times the rounding error of a float32 sum of a thousand products
+
+
+def stack_flops(M: int, widths: Sequence[int], mode: str) -> int:
+    """Operations of the needed products for `M` rows through layers widths[0] -> widths[1] -> ...
+
+    Forward needs one product a layer, backward one for each grad_weight and one for each gradient of a layer's input;
+    that of the first layer's only if x wants a gradient.
+    """
+    products = [2 * M * K * N for K, N in itertools.pairwise(widths)]
+    if mode == FORWARD:
+        return sum(products)
+    return 3 * sum(products) - (products[0] if mode == PARAMETERS else 0)
+
+
+def stack_sides(
+    case: Case, M: int, fused: nn.Module, eager: Callable[[Tensor], Tensor], layers: Sequence[nn.Linear]
+) -> Sides:
+    """Sides of `fused` and of `eager`, which runs `layers` with relu after each. `fused` is given their weights."""
+    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    with torch.no_grad():
+        for ours, theirs in zip(fused.parameters(), parameters, strict=True):
+            ours.copy_(theirs)
+    x = draw_rows(layers, M)
+    grad_out = torch.randn(M, layers[-1].out_features).to(x.dtype)
+    exact = exact_results(layers, x, grad_out)
+    names = ("out", "grad_x", *(f"grad_{name}{i}" for i in range(len(layers)) for name in ("weight", "bias")))
+    if case.mode == FORWARD:
+        fused.eval()
+        return Sides(lambda: (fused(x),), lambda: (eager(x),), exact[:1], names[:1], torch.inference_mode)
+    if case.mode == PARAMETERS:
+        return Sides(
+            training_call(fused, x, [*fused.parameters()], grad_out),
+            training_call(eager, x, parameters, grad_out),
+            exact[:1] + exact[2:],
+            names[:1] + names[2:],
+        )
+    fused_x, eager_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    return Sides(
+        training_call(fused, fused_x, [fused_x, *fused.parameters()], grad_out),
+        training_call(eager, eager_x, [eager_x, *parameters], grad_out),
+        exact,
+        names,
+    )
+
+
+def training_call(forward: Callable[[Tensor], Tensor], x: Tensor, leaves: list[Tensor], grad_out: Tensor) -> Call:
+    """Forward and backward. Gradients are allocated afresh, as after `zero_grad(set_to_none=True)`."""
+
+    def call() -> Results:
+        for leaf in leaves:
+            leaf.grad = None
+        out = forward(x)
+        out.backward(grad_out)
+        return (out, *(leaf.grad for leaf in leaves))
+
+    return call
+
+
+def exact_results(layers: Sequence[nn.Linear], x: Tensor, grad_out: Tensor) -> Results:
+    """out, grad_x, and grad_weight, grad_bias of each layer, in float64."""
+    leaves = [x, *(parameter for layer in layers for parameter in (layer.weight, layer.bias))]
+    leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out = leaves[0]
+    for weight, bias in zip(leaves[1::2], leaves[2::2], strict=True):
+        out = torch.relu(out @ weight.T + bias)
+    return (out.detach(), *torch.autograd.grad(out, leaves, grad_out.double()))
+
+
+@torch.no_grad()
+def draw_rows(layers: Sequence[nn.Linear], M: int) -> Tensor:
+    """`[M, in_features]`, normal numbers, such that no value before a relu is nearly zero.
+
+    There rounding decides whether the gradient passes, and neither decision is wrong: such rows are drawn again.
+    """
+    K, dtype = layers[0].in_features, layers[0].weight.dtype
+    blocks = []
+    for start in range(0, M, 4096):  # in blocks, for the float64 copies
+        block = torch.randn(min(4096, M - start), K).to(dtype)
+        doubtful = rows_near_zero(layers, block).nonzero().flatten()
+        while len(doubtful):
+            block[doubtful] = torch.randn(len(doubtful), K).to(dtype)
+            doubtful = doubtful[rows_near_zero(layers, block[doubtful])]
+        blocks.append(block)
+    return torch.cat(blocks)
+
+
+def rows_near_zero(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
+    """Which rows have a value before a relu that is, beside the layer's largest, nearer to zero than MARGIN."""
+    near = torch.zeros(len(x), dtype=torch.bool)
+    out = x.double()
+    for layer in layers:
+        preact = out @ layer.weight.double().T + layer.bias.double()
+        size = preact.abs()
+        near |= (size < MARGIN * size.max()).any(1)
+        out = torch.relu(preact)
+    return near
