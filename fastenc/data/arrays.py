@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -178,7 +178,7 @@ def check_shape(shape: tuple[int, ...], name: str) -> None:
         raise DataError(f"{name} has no columns; give at least one feature")
 
 
-def row_list(rows: list[int], total: int) -> str:
+def row_list(rows: Sequence[int] | np.ndarray, total: int) -> str:
     """For example `3 of 100 rows (row 3, 7, 9, counted from 0)`; at most five are listed."""
     listed = ", ".join(str(row) for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
     return f"{len(rows)} of {total} row{'s' * (total != 1)} (row {listed}, counted from 0)"

@@ -122,7 +122,7 @@ def _read_npy(path: Path) -> np.ndarray:
             raise DataError(
                 f"{path} holds pickled Python objects, which could run code when read; save an array of numbers"
             ) from error
-        raise DataError(f"{path} is cut short or broken ({_first_line(error)}); write or copy it again") from error
+        raise DataError(f"{path} is cut short or broken ({_first_sentence(error)}); write or copy it again") from error
     check_numbers(array, str(path))
     return array
 
@@ -137,9 +137,10 @@ def _read_csv(path: Path) -> pd.DataFrame:
             parse_options=reader.ParseOptions(newlines_in_values=True),
             convert_options=reader.ConvertOptions(strings_can_be_null=True),
         )
+        names = table.column_names  # decoded only now
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise DataError(f"{path} {_csv_fault(path, error)}") from error
-    _check_header(table.column_names, path)
+    _check_header(names, path)
     for field in table.schema:
         if pyarrow.types.is_binary(field.type):  # what pyarrow makes of text that it cannot decode
             raise DataError(f"column {field.name!r} of {path} is not UTF-8 text; save the file as UTF-8")
@@ -168,7 +169,7 @@ def _csv_fault(path: Path, error: Exception) -> str:
                 return "has a header and no rows; add at least one row"
     except (csv.Error, OSError):
         pass
-    return f"is not a CSV that can be read ({_first_line(error)}); save it again as comma-separated UTF-8"
+    return f"is not a CSV that can be read ({_first_sentence(error)}); save it again as comma-separated UTF-8"
 
 
 def _check_header(names: Sequence[str], path: Path) -> None:
@@ -192,7 +193,7 @@ def _read_parquet(path: Path) -> pd.DataFrame:
             table = file.read()
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise DataError(
-            f"{path} is not Parquet, or is cut short or broken ({_first_line(error)}); write or copy it again"
+            f"{path} is not Parquet, or is cut short or broken ({_first_sentence(error)}); write or copy it again"
         ) from error
     return _arrow_to_frame(table, str(path))
 
@@ -249,5 +250,5 @@ def _target(series: pd.Series, target: str, name: str) -> np.ndarray:
     raise DataError(f"{what} holds {kind} values; give numbers, or text as class labels")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+def _first_sentence(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")

@@ -1,0 +1,344 @@
+"""Preprocessor: columns of numbers and text to float32 rows, by what was learned on the training rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .arrays import DataError, row_list
+from .columns import Columns
+from .steps import (
+    finite_array,
+    fit_encoder,
+    fit_imputer,
+    fit_scaler,
+    restore_encoder,
+    restore_imputer,
+    restore_scaler,
+    scaler_state,
+)
+
+MISSING = ("impute", "drop", "error")
+SCALES = ("standard", "minmax", "none")
+
+_FORMAT = "fastenc.preprocessor"
+_VERSION = 1
+_CHUNK = 1 << 22  # values in float64 at a time: 32 MB, so that a large memory map stays on disk
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What `Preprocessor.transform` made.
+
+    Attributes:
+        x: float32 `[kept, features]`, finite.
+        rows: int64 `[kept]`, the row of the source that each row of `x` came from.
+        dropped: how many rows of the source are left out because a value was missing.
+        unseen: how many values of text columns were in no category, and are zeros in `x`.
+    """
+
+    x: np.ndarray
+    rows: np.ndarray
+    dropped: int
+    unseen: int
+
+
+class Preprocessor:
+    """Fills in or drops missing values, scales numbers, and turns text into one column per category.
+
+    Args:
+        missing: what to do about rows with missing values: "impute" fills numbers with the column's training median
+            and makes missing text a category of its own; "drop" leaves the row out; "error" refuses it.
+        scale: of number columns, after filling in: "standard" (mean 0, standard deviation 1 over the training rows),
+            "minmax" (0 to 1 over the training rows) or "none". A column that is constant in training is only shifted,
+            so that its value there becomes 0.
+
+    NaN, Inf and nulls are missing values. Text, categorical and boolean columns are one-hot over the categories seen in
+    training; a value that is in none of them, also a missing one if training had none, is all zeros. Arrays hold
+    numbers only.
+
+    The columns of a table are found by name: order does not matter, and columns that training did not have are ignored,
+    so that a file with labels can be encoded as it is. The columns of an array are matched by count, as are those of a
+    table if training had an array.
+
+    Statistics are computed in float64; the result is float32. Needs scikit-learn, of `fastenc[app]`.
+    """
+
+    def __init__(self, missing: str = "impute", scale: str = "standard") -> None:
+        if missing not in MISSING:
+            raise ValueError(f"missing is {missing!r}; it must be one of {', '.join(MISSING)}")
+        if scale not in SCALES:
+            raise ValueError(f"scale is {scale!r}; it must be one of {', '.join(SCALES)}")
+        self.missing = missing
+        self.scale = scale
+        self._columns: dict[str, str] = {}  # name -> kind, in training order
+        self._named = False
+        self._imputer: Any = None
+        self._scaler: Any = None
+        self._encoder: Any = None
+
+    @property
+    def number_names(self) -> list[str]:
+        """The number columns: the first features, and the columns of `inverse_transform`."""
+        return self._names_of("number")
+
+    @property
+    def feature_names(self) -> list[str]:
+        """The columns of `Prepared.x`: the number columns, then `column=category` for each text column."""
+        names = self._names_of("number")
+        if self._encoder is not None:
+            for name, categories in zip(self._names_of("text"), self._encoder.categories_, strict=True):
+                names += [f"{name}={'(missing)' if category is None else category}" for category in categories]
+        return names
+
+    def fit(self, features: Any) -> Preprocessor:
+        """Learn from `features`, an array or table `[rows, columns]` of training rows only.
+
+        Raises:
+            DataError: what `Columns` refuses; a column with nothing but missing values, or with more than
+                `steps.MAX_CATEGORIES` categories; missing values if `missing` is "error", or in every row if it is
+                "drop"; or numbers too large to have a variance or a range in float64.
+        """
+        table = Columns(features)
+        fresh = Preprocessor(self.missing, self.scale)  # a fit that fails leaves self as it was
+        fresh._columns = {name: table.kind(column) for column, name in enumerate(table.names)}
+        fresh._named = table.named
+        fresh._learn(table)
+        self.__dict__.update(fresh.__dict__)
+        return self
+
+    def transform(self, features: Any) -> Prepared:
+        """`features`, an array or table `[rows, columns]`, as float32 rows.
+
+        Raises:
+            DataError: what `Columns` refuses; a column that is absent, or held numbers in training and text now;
+                missing values if `missing` is "error", or in every row if it is "drop"; or a value that float32 cannot
+                hold after scaling.
+            RuntimeError: nothing is fitted yet.
+        """
+        table = Columns(features)
+        order = self._match(table)
+        x = np.empty((table.rows, len(self.feature_names)), np.float32)
+        rows = np.empty(table.rows, np.int64)
+        kept = unseen = 0
+        bad = []
+        for block in self._blocks(table, order):
+            bad.append(block.rows[block.missing])
+            block = self._without_missing(block)
+            new = slice(kept, kept + len(block.rows))
+            if new.start == new.stop:
+                continue
+            rows[new] = block.rows
+            numbers = block.numbers.shape[1]
+            x[new, :numbers] = self._scaled(block)
+            if self._encoder is not None:
+                hot = self._encoder.transform(block.texts)
+                unseen += block.texts.size - int(np.count_nonzero(hot))
+                x[new, numbers:] = hot
+            kept = new.stop
+        self._refuse_missing(np.concatenate(bad), table.rows)
+        return Prepared(x[:kept], rows[:kept], table.rows - kept, unseen)
+
+    def inverse_transform(self, x: Any) -> np.ndarray:
+        """The number columns of `x` in their own units: `[rows, features] -> float64 [rows, numbers]`.
+
+        The columns are `number_names`. The one-hot columns of `x` are left out: a reconstruction has no one category.
+
+        Raises:
+            DataError: `x` does not have as many columns as there are `feature_names`.
+            RuntimeError: nothing is fitted yet.
+        """
+        self._require_fit()
+        width = len(self.feature_names)
+        x = np.asarray(x, dtype=np.float64)
+        if x.ndim != 2 or x.shape[1] != width:
+            raise DataError(f"x has shape {list(x.shape)}; give [rows, {width}], as transform makes them")
+        numbers = x[:, : len(self.number_names)]
+        return numbers.copy() if self._scaler is None else self._scaler.inverse_transform(numbers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was learned, as JSON holds it without loss; RuntimeError if nothing is fitted yet."""
+        self._require_fit()
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "missing": self.missing,
+            "scale": self.scale,
+            "named": self._named,
+            "columns": list(self._columns),
+            "kinds": list(self._columns.values()),
+            "medians": None if self._imputer is None else self._imputer.statistics_.tolist(),
+            "scaler": None if self._scaler is None else scaler_state(self.scale, self._scaler),
+            "categories": [] if self._encoder is None else [list(column) for column in self._encoder.categories_],
+        }
+
+    @classmethod
+    def from_dict(cls, state: Any) -> Preprocessor:
+        """The Preprocessor whose `to_dict` is `state`.
+
+        Raises:
+            DataError: `state` is something else, of a newer format, or broken.
+        """
+        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+            raise DataError("this is not a saved Preprocessor; give what Preprocessor.to_dict made")
+        version = state.get("version")
+        if isinstance(version, int) and version > _VERSION:
+            raise DataError(f"the Preprocessor was saved in format {version}, newer than this fastenc; upgrade fastenc")
+        try:
+            return cls._restore(state)
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{error} is absent" if isinstance(error, KeyError) else str(error)
+            raise DataError(f"the saved Preprocessor is broken: {what}; fit and save it again") from error
+
+    @classmethod
+    def _restore(cls, state: dict[str, Any]) -> Preprocessor:
+        if state["version"] != _VERSION:
+            raise ValueError(f"there is no format {state['version']!r}")
+        new = cls(state["missing"], state["scale"])
+        columns, kinds = state["columns"], state["kinds"]
+        new._columns = dict(zip(columns, kinds, strict=True))
+        new._named = bool(state["named"])
+        if not columns or len(new._columns) < len(columns) or not all(isinstance(name, str) for name in columns):
+            raise ValueError("the column names are not different texts")
+        if not set(kinds) <= {"number", "text"}:
+            raise ValueError("a column is neither number nor text")
+        numbers = len(new.number_names)
+        if numbers and new.missing == "impute":
+            new._imputer = restore_imputer(finite_array(state["medians"], numbers, "medians"))
+        if numbers and new.scale != "none":
+            new._scaler = restore_scaler(new.scale, state["scaler"], numbers)
+        if len(state["categories"]) != len(kinds) - numbers:
+            raise ValueError("there are not as many lists of categories as text columns")
+        if state["categories"]:
+            new._encoder = restore_encoder(state["categories"])
+        return new
+
+    def _learn(self, table: Columns) -> None:
+        order = list(range(len(table.names)))
+        bad = []
+        present: Any = 0
+        for block in self._blocks(table, order):
+            bad.append(block.rows[block.missing])
+            present = present + block.present
+        counts = zip([*self.number_names, *self._names_of("text")], present, strict=True)
+        empty = [*self._names_of("empty"), *(name for name, count in counts if count == 0)]
+        if empty:
+            raise DataError(f"column {empty[0]!r} has no value in any of the {table.rows} training rows; remove it")
+        self._refuse_missing(np.concatenate(bad), table.rows)
+        if self.number_names:
+            if self.missing == "impute":
+                self._imputer = fit_imputer(table, self._indices("number", order))
+            blocks = (self._without_missing(block) for block in self._blocks(table, order))
+            filled = (self._imputed(block) for block in blocks if len(block.rows))
+            self._scaler = fit_scaler(self.scale, filled, self.number_names)
+        if texts := self._indices("text", order):
+            values = table.texts(slice(None), texts)
+            if self.missing == "drop":
+                values = np.delete(values, np.concatenate(bad), axis=0)
+            self._encoder = fit_encoder(values, self._names_of("text"))
+
+    def _match(self, table: Columns) -> list[int]:
+        """For each training column, the index of the table's column that it is found in."""
+        self._require_fit()
+        if table.named and self._named:
+            absent = [repr(name) for name in self._columns if name not in table.names]
+            if absent:
+                raise DataError(
+                    f"the table has no column {', '.join(absent[:10])}{', ...' * (len(absent) > 10)}, which training "
+                    "had; add what is absent, or train again without it"
+                )
+            index = {name: column for column, name in enumerate(table.names)}
+            order = [index[name] for name in self._columns]
+        elif len(table.names) != len(self._columns):
+            raise DataError(
+                f"the data has {len(table.names)} columns and training had {len(self._columns)}; give the same columns "
+                "in the same order"
+            )
+        elif not table.named and self._names_of("text"):
+            raise DataError(
+                "training had a table with text columns and this is an array; give a table with their names"
+            )
+        else:
+            order = list(range(len(table.names)))
+        for name, column in zip(self._columns, order, strict=True):
+            if table.kind(column) == "text" and self._columns[name] == "number":
+                raise DataError(
+                    f"column {table.names[column]!r} held numbers in training and holds text now; correct its values"
+                )
+        return order
+
+    def _blocks(self, table: Columns, order: list[int]) -> Iterator[_Block]:
+        numbers, texts = self._indices("number", order), self._indices("text", order)
+        step = max(1, _CHUNK // len(order))
+        for start in range(0, table.rows, step):
+            rows = slice(start, min(start + step, table.rows))
+            yield _Block(
+                np.arange(rows.start, rows.stop),
+                table.numbers(rows, numbers),
+                table.texts(rows, texts) if texts else np.empty((rows.stop - rows.start, 0), dtype=object),
+            )
+
+    def _without_missing(self, block: _Block) -> _Block:
+        if self.missing == "impute" or not block.missing.any():
+            return block
+        keep = ~block.missing
+        return _Block(block.rows[keep], block.numbers[keep], block.texts[keep])
+
+    def _imputed(self, block: _Block) -> np.ndarray:
+        return block.numbers if self._imputer is None else self._imputer.transform(block.numbers)
+
+    def _scaled(self, block: _Block) -> np.ndarray:
+        """The block's numbers, filled in and scaled, in float32."""
+        numbers = self._imputed(block)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = (numbers if self._scaler is None else self._scaler.transform(numbers)).astype(np.float32)
+        wide = np.argwhere(~np.isfinite(scaled))
+        if len(wide):
+            row, column = wide[0]
+            raise DataError(
+                f"column {self.number_names[column]!r} is {numbers[row, column]:g} in row {block.rows[row]} (counted "
+                "from 0), too large for float32 after scaling; correct or remove that row"
+                + (', or use scale="standard"' if self.scale == "none" else "")
+            )
+        return scaled
+
+    def _refuse_missing(self, bad: np.ndarray, rows: int) -> None:
+        if self.missing == "error" and len(bad):
+            raise DataError(
+                f'values are missing, NaN or Inf in {row_list(bad, rows)}; use missing="impute" or missing="drop"'
+            )
+        if self.missing == "drop" and len(bad) == rows:
+            raise DataError(f'each of the {rows} rows has a missing value, and none is left; use missing="impute"')
+
+    def _names_of(self, kind: str) -> list[str]:
+        return [name for name, each in self._columns.items() if each == kind]
+
+    def _indices(self, kind: str, order: list[int]) -> list[int]:
+        return [column for column, each in zip(order, self._columns.values(), strict=True) if each == kind]
+
+    def _require_fit(self) -> None:
+        if not self._columns:
+            raise RuntimeError("this Preprocessor has learned nothing yet; call fit with the training rows first")
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Some rows: their indices `[n]`, numbers float64 `[n, numbers]` with NaN, texts object `[n, texts]` with None."""
+
+    rows: np.ndarray
+    numbers: np.ndarray
+    texts: np.ndarray
+
+    @cached_property
+    def missing(self) -> np.ndarray:
+        """Whether each row has a missing value: bool `[n]`."""
+        return np.isnan(self.numbers).any(1) | (self.texts == None).any(1)  # noqa: E711
+
+    @property
+    def present(self) -> np.ndarray:
+        """How many values each column has: int64 `[numbers + texts]`."""
+        return np.concatenate([(~np.isnan(self.numbers)).sum(0), (self.texts != None).sum(0)])  # noqa: E711

@@ -1,0 +1,138 @@
+"""scikit-learn's imputer, scalers and one-hot encoder: fitted in blocks of rows, and rebuilt from what they learned.
+
+A step is rebuilt by fitting it on rows made up so that it learns the same: only public attributes are ever read or set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .arrays import DataError
+from .columns import Columns
+from .extras import require
+
+MAX_CATEGORIES = 1000
+
+_PURPOSE = "preprocessing"
+_MEDIAN_VALUES = 1 << 25  # float64 values at a time, 256 MB: a median needs whole columns
+_SCALER_STATE = {"standard": ("mean_", "var_", "scale_"), "minmax": ("data_min_", "data_max_"), "none": ()}
+
+
+def fit_imputer(table: Columns, columns: Sequence[int]) -> Any:
+    """A SimpleImputer of the columns' medians over all rows."""
+    step = max(1, _MEDIAN_VALUES // table.rows)
+    medians = [
+        _new_imputer().fit(table.numbers(slice(None), columns[start : start + step])).statistics_
+        for start in range(0, len(columns), step)
+    ]
+    return restore_imputer(np.concatenate(medians))
+
+
+def restore_imputer(medians: np.ndarray) -> Any:
+    """A SimpleImputer that fills in `medians`, float64 `[columns]`."""
+    return _new_imputer().fit(medians[None])
+
+
+def fit_scaler(scale: str, blocks: Iterable[np.ndarray], names: Sequence[str]) -> Any:
+    """The scaler called `scale`, fitted to float64 blocks `[rows, columns]` without missing values; None for "none".
+
+    Raises:
+        DataError: a column's variance or range is too large for float64.
+    """
+    if scale == "none":
+        return None
+    scaler = _new_scaler(scale)
+    low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for block in blocks:
+            scaler.partial_fit(block)
+            low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
+    spread = scaler.var_ if scale == "standard" else scaler.data_range_
+    wide = np.flatnonzero(~np.isfinite(spread))
+    if len(wide):
+        name, largest = names[wide[0]], max(abs(low[wide[0]]), abs(high[wide[0]]))
+        raise DataError(
+            f"column {name!r} has values up to {largest:g}, too large to scale in float64; divide it by a constant "
+            "first"
+        )
+    if scale == "standard":
+        # A mean added up in blocks can be off in the last bit, and a constant column would not become exactly 0.
+        constant = low == high
+        scaler.mean_[constant], scaler.var_[constant], scaler.scale_[constant] = low[constant], 0.0, 1.0
+    return scaler
+
+
+def scaler_state(scale: str, scaler: Any) -> dict[str, list[float]]:
+    """What a scaler learned, for `restore_scaler`."""
+    return {name: getattr(scaler, name).tolist() for name in _SCALER_STATE[scale]}
+
+
+def restore_scaler(scale: str, state: dict[str, list[float]], columns: int) -> Any:
+    """The scaler whose `scaler_state` is `state`; ValueError unless it is one of `columns` columns."""
+    values = {name: finite_array(state[name], columns, name) for name in _SCALER_STATE[scale]}
+    if not values:
+        return None
+    scaler = _new_scaler(scale)
+    if scale == "minmax":
+        if (values["data_min_"] > values["data_max_"]).any():
+            raise ValueError("a minimum is above its maximum")
+        return scaler.fit(np.stack([values["data_min_"], values["data_max_"]]))
+    if (values["scale_"] <= 0).any():
+        raise ValueError("a scale is not positive")
+    scaler.fit(values["mean_"][None])
+    for name, value in values.items():
+        setattr(scaler, name, value)
+    return scaler
+
+
+def fit_encoder(texts: np.ndarray, names: Sequence[str]) -> Any:
+    """A OneHotEncoder of the categories in `texts`, object `[rows, columns]` of str or None.
+
+    Raises:
+        DataError: a column has more than MAX_CATEGORIES categories.
+    """
+    encoder = _new_encoder("auto").fit(texts)
+    for name, categories in zip(names, encoder.categories_, strict=True):
+        if len(categories) > MAX_CATEGORIES:
+            raise DataError(
+                f"column {name!r} has {len(categories)} different texts, and at most {MAX_CATEGORIES} can become "
+                "columns; remove it if it only names the row, or group its values"
+            )
+    return encoder
+
+
+def restore_encoder(categories: Sequence[Sequence[str | None]]) -> Any:
+    """The OneHotEncoder with these categories for each column; ValueError if they cannot be categories."""
+    for column in categories:
+        texts = [category for category in column if category is not None]
+        if not column or len(set(column)) < len(column) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("the categories of a column are not different texts")
+    return _new_encoder([np.array(column, dtype=object) for column in categories]).fit(
+        np.array([[column[0] for column in categories]], dtype=object)
+    )
+
+
+def finite_array(values: Any, size: int, name: str) -> np.ndarray:
+    """`values` as float64 `[size]`; ValueError if they are anything else, or NaN or Inf."""
+    array = np.array(values, dtype=np.float64)
+    if array.shape != (size,) or not np.isfinite(array).all():
+        raise ValueError(f"{name} is not {size} finite numbers")
+    return array
+
+
+def _new_imputer() -> Any:
+    return require("sklearn.impute", _PURPOSE).SimpleImputer(strategy="median")
+
+
+def _new_scaler(scale: str) -> Any:
+    module = require("sklearn.preprocessing", _PURPOSE)
+    return module.StandardScaler() if scale == "standard" else module.MinMaxScaler()
+
+
+def _new_encoder(categories: Any) -> Any:
+    return require("sklearn.preprocessing", _PURPOSE).OneHotEncoder(
+        categories=categories, handle_unknown="ignore", sparse_output=False, dtype=np.float32
+    )
