@@ -1,0 +1,5 @@
+"""`python -m fastenc` is the `fastenc` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,283 @@
+"""The command line: `fastenc train | encode | evaluate | info`, also as `python -m fastenc`.
+
+Exit codes: 0 done; 2 bad input, with one sentence that names it and the cure; 130 Ctrl-C; 1 an error of fastenc's own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+
+from . import __version__
+from .activation import ACTIVATIONS
+from .data import DataError, Prepared, Preprocessor, load
+from .data.preprocessing import MISSING, SCALES
+from .encoder import AutoEncoder, Encoder
+from .info import describe
+from .pipeline import (
+    SavedModel,
+    check_model_folder,
+    load_labelled,
+    naming,
+    rows_to_score,
+    run_in_chunks,
+    take,
+)
+from .pretrained import ModelFileError
+from .record import fingerprint, read_record, split_rows, write_record
+from .report import dead_units, evaluate_codes, render_evaluation
+from .training import EarlyStopping, Trainer
+from .vectors import check_folder_of, check_output, replacing, rows_file, write_row_numbers, write_vectors
+
+try:
+    import typer
+    from typer.core import TyperGroup
+except ModuleNotFoundError:
+    print('fastenc: the command line needs typer; run: pip install "fastenc[app]"', file=sys.stderr)
+    raise SystemExit(2) from None
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+EXTRAS = ("sklearn", "pandas", "pyarrow")
+
+
+class OneSentenceErrors(TyperGroup):
+    """Turns the errors that users can cause into one sentence and exit code 2; others keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (DataError, ModelFileError, FloatingPointError) as error:
+            message = str(error)
+        except ModuleNotFoundError as error:
+            if error.name not in EXTRAS:
+                raise
+            message = str(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            message = f"{error.filename}: {error.strerror}"
+        typer.echo(f"fastenc: {message}", err=True)
+        raise typer.Exit(2)
+
+
+app = typer.Typer(
+    cls=OneSentenceErrors,
+    help="Train encoders on tables and arrays, turn rows into vectors, and see how good the vectors are.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    app(prog_name="fastenc")
+
+
+def choice(what: str, *names: str) -> Any:
+    """An option that takes one of `names`."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(names)}")
+        return value
+
+    return typer.Option(callback=check, metavar="NAME", help=f"{what}: {', '.join(names)}.")
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    try:
+        widths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        widths = ()
+    if not widths or min(widths) < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of layer widths; write for example 128,64,32,16")
+    return widths
+
+
+def check_widths(text: str) -> str:
+    parse_widths(text)
+    return text
+
+
+def positive(value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise typer.BadParameter(f"{value} is not a number greater than 0")
+    return value
+
+
+def fraction(value: float) -> float:
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"{value} is not at least 0 and less than 1")
+    return value
+
+
+DATA_HELP = "A .csv, .parquet or .npy file, or the word digits (scikit-learn's 1,797 handwritten digits)."
+DataArgument = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP, show_default=False)]
+ModelArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A model folder.", show_default=False)]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def train(
+    data: DataArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to save the model in.", show_default=False)],
+    target: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column of labels: no feature, kept for evaluate.")
+    ] = None,
+    widths: Annotated[
+        str, typer.Option(callback=check_widths, help="Widths of the encoder's layers; the last is the code's.")
+    ] = "128,64,32,16",
+    activation: Annotated[str, choice("Activation of the encoder's layers", *ACTIVATIONS)] = "relu",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in each step.")] = 32,
+    lr: Annotated[float, typer.Option(callback=positive, help="Learning rate.")] = 1e-3,
+    optimizer: Annotated[str, choice("Optimiser", *OPTIMIZERS)] = "adam",
+    loss: Annotated[str, choice("Loss", "mse", "mae")] = "mse",
+    missing: Annotated[str, choice("What to do about rows with missing values", *MISSING)] = "impute",
+    scale: Annotated[str, choice("Scaling of number columns", *SCALES)] = "standard",
+    validation_split: Annotated[
+        float, typer.Option(callback=fraction, help="Share of the rows, chosen at random, that is not trained on.")
+    ] = 0.1,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop when validation got no better for so many epochs, and keep the best weights."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Makes a run repeatable.")] = 0,
+    dropout: Annotated[float, typer.Option(callback=fraction, help="Share of hidden units dropped in a step.")] = 0.0,
+    dtype: Annotated[str, choice("Number format of the weights", *DTYPES)] = "float32",
+) -> None:
+    """Train an autoencoder on DATA and save it, with its preprocessing, in --out.
+
+    The preprocessing is learned from the training rows only. A model that is in --out already is replaced when
+    training has succeeded, and not before.
+    """
+    check_model_folder(out)
+    source = load(data, target=target)
+    kept, held_out = split_rows(len(source), validation_split, seed)
+    if len(kept) == 0:
+        raise DataError(f"{data} has {len(source)} rows and --validation-split takes all of them; lower it")
+    if patience is not None and len(held_out) == 0:
+        raise DataError(f"--patience needs validation rows, and {data} leaves none; raise --validation-split")
+    with naming(data):
+        preprocessor = Preprocessor(missing, scale).fit(take(source.features, np.sort(kept)))
+        prepared = preprocessor.transform(source.features)
+    is_held_out = np.isin(prepared.rows, held_out)
+    x, x_held_out = prepared.x[~is_held_out], prepared.x[is_held_out]
+    report_rows(prepared)
+    typer.echo(f"{len(x)} rows to train on, {len(x_held_out)} to validate on, {x.shape[1]} features")
+
+    torch.manual_seed(seed)
+    encoder = Encoder(x.shape[1], parse_widths(widths), activation, dropout=dropout, dtype=DTYPES[dtype])
+    model = AutoEncoder(encoder)
+    began = time.perf_counter()
+    history = Trainer(model, optimizer, lr, loss, seed=seed).fit(
+        x,
+        epochs=epochs,
+        batch_size=batch_size,
+        validation_data=x_held_out if len(x_held_out) else None,
+        callbacks=[EarlyStopping(patience=patience)] if patience is not None else [],
+    )
+    seconds = time.perf_counter() - began
+    model.save_pretrained(out, preprocessing=preprocessor.to_dict())
+    split = {"rows": len(source), "held_out": validation_split, "seed": seed, "target": target}
+    write_record(out, {**split, "data_sha256": fingerprint(prepared.x), "history": history.history})
+    losses = ", ".join(f"{name} {values[-1]:.6g}" for name, values in history.history.items())
+    typer.echo(f"{len(history.epoch)} epochs in {seconds:.1f} s: {losses}")
+    dead = dead_units(np.concatenate(list(run_in_chunks(encoder.eval(), x))))
+    if dead:
+        typer.echo(f"{len(dead)} of the code's {encoder.out_features} units never change, and so tell nothing")
+    typer.echo(f"saved in {out}")
+
+
+@app.command()
+def encode(
+    folder: ModelArgument,
+    data: DataArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="A .npy, .csv or .parquet file.", show_default=False)
+    ],
+) -> None:
+    """Turn the rows of DATA into vectors with the model in DIR.
+
+    The file gets one vector for each row, in the same order. If the model was trained with --missing drop, rows with
+    missing values get none, and the row number of each vector, counted from 0, is written beside it: for vectors.npy
+    in vectors.rows.npy.
+    """
+    check_output(output)
+    saved = SavedModel(folder)
+    prepared = saved.prepare(data, load(data).features)
+    report_rows(prepared)
+    if saved.preprocessor is not None and saved.preprocessor.missing == "drop":
+        write_row_numbers(output, prepared.rows)
+        typer.echo(f"row numbers written to {rows_file(output)}")
+    rows, width = write_vectors(output, saved.codes(prepared.x))
+    typer.echo(f"{rows} vectors of {width} numbers written to {output}")
+
+
+@app.command()
+def evaluate(
+    folder: ModelArgument,
+    data: DataArgument,
+    target: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column of labels; by default the one given to train.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a JSON file, too.")
+    ] = None,
+) -> None:
+    """Measure how much of DATA the codes of the model in DIR keep, beside PCA of the same size.
+
+    If DATA is what the model was trained on, PCA and the classifiers are fitted on the rows that the model was trained
+    on, and everything is scored on those that were held out. Otherwise they are fitted on 70% of the rows, chosen at
+    random, and everything is scored on the other 30%: PCA then knows this very data, and the model may not.
+    """
+    if json_file is not None:
+        check_folder_of(json_file)
+    saved, record = SavedModel(folder), read_record(folder)
+    source = load_labelled(data, target, None if record is None else record["target"])
+    prepared = saved.prepare(data, source.features)
+    report_rows(prepared)
+    fit_rows, score_rows, why = rows_to_score(prepared, record, data)
+    evaluation = evaluate_codes(
+        prepared.x,
+        np.concatenate(list(saved.codes(prepared.x))),
+        saved.reconstruction(prepared.x),
+        None if source.target is None else source.target[prepared.rows],
+        fit_rows=fit_rows,
+        score_rows=score_rows,
+    )
+    typer.echo(f"{why}\n\n{render_evaluation(evaluation)}")
+    if json_file is not None:
+        with replacing(json_file) as temporary:
+            text = json.dumps({"model": str(folder), "data": data, "rows": why, **evaluation.to_dict()}, indent=2)
+            temporary.write_text(text + "\n", encoding="utf-8")
+        typer.echo(f"\nwritten to {json_file}")
+
+
+@app.command()
+def info() -> None:
+    """Print versions, processors, and which backends are usable or why they are not."""
+    typer.echo(describe())
+
+
+def report_rows(prepared: Prepared) -> None:
+    """Say on stderr what preprocessing left out: nothing goes missing in silence."""
+    if prepared.dropped:
+        total = prepared.dropped + len(prepared.rows)
+        typer.echo(f"{prepared.dropped} of {total} rows have missing values and are left out", err=True)
+    if prepared.unseen:
+        typer.echo(f"{prepared.unseen} text values were not in the training rows and count as none", err=True)

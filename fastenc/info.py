@@ -1,0 +1,52 @@
+"""What this machine offers: versions, processors, and which backends are usable or why they are not."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+
+import torch
+
+from . import __version__
+
+
+def triton_version() -> str:
+    """Triton's version, or in words why it cannot be used."""
+    try:
+        return importlib.import_module("triton").__version__
+    except ModuleNotFoundError:
+        return "not installed; it comes with PyTorch's CUDA builds"
+    except (ImportError, OSError) as error:
+        return f"installed, but cannot be imported: {first_line(error)}"
+
+
+def gpus() -> list[str]:
+    """One line for each GPU that PyTorch can use."""
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}" for p in properties]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def describe() -> str:
+    """A report for people, one fact a line; made to be pasted into a bug report."""
+    from .backends import BACKENDS
+
+    built_with = f"built with CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    facts = [
+        ("fastenc", __version__),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, {built_with}"),
+        ("triton", triton_version()),
+        ("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
+    ]
+    facts += [(f"GPU {index}", line) for index, line in enumerate(gpus())] or [("GPU", "none that PyTorch can use")]
+    for name, backend in BACKENDS.items():
+        reason = backend.why_unavailable()
+        facts.append((f"backend {name}", "usable" if reason is None else f"not usable: {reason}"))
+    width = max(len(name) for name, _ in facts)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts)
