@@ -84,7 +84,7 @@ def as_target(y: Any, rows: int, *, name: str = "y") -> Tensor:
     if is_frame(y) or is_arrow(y):
         array = as_rows(y, name=name, finite=False).numpy()
     elif pandas is not None and isinstance(y, pandas.Series):
-        array = _series_values(y, name) if pandas.api.types.is_numeric_dtype(y.dtype) else y.to_numpy()
+        array = _series_values(y, name) if _is_numeric(y) else y.to_numpy()
     else:
         array = as_array(y, name)
     if array.ndim not in (1, 2) or array.shape[0] != rows:
@@ -219,17 +219,22 @@ def _table_columns(table: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
 
 def _series_values(series: Any, name: str) -> np.ndarray:
     """A pandas Series as numpy numbers: integers and booleans as they are, float64 with NaN if values are missing."""
-    from pandas.api.types import is_complex_dtype, is_numeric_dtype
-
-    if is_complex_dtype(series.dtype):
+    kind = series.dtype.kind
+    if kind == "c":
         raise DataError(f"{name} is complex; give its real and imaginary parts as separate columns")
-    if getattr(series.dtype, "kind", "O") in "mM":
+    if kind in "mM":
         raise DataError(f"{name} holds {_DATES}")
-    if not is_numeric_dtype(series.dtype):
+    if not _is_numeric(series):
         raise DataError(f"{name} holds {series.dtype} values where numbers should be; {_CURE_TEXT}")
     if series.hasnans:
         return series.to_numpy(dtype=np.float64, na_value=np.nan)
     return series.to_numpy(dtype=getattr(series.dtype, "numpy_dtype", None))
+
+
+def _is_numeric(series: Any) -> bool:
+    from pandas.api.types import is_numeric_dtype
+
+    return series.dtype.kind == "b" or is_numeric_dtype(series.dtype)
 
 
 def _first_column_without_numbers(array: np.ndarray) -> int | None:
