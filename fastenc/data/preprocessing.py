@@ -312,7 +312,7 @@ class Preprocessor:
                 f'values are missing, NaN or Inf in {row_list(bad, rows)}; use missing="impute" or missing="drop"'
             )
         if self.missing == "drop" and len(bad) == rows:
-            raise DataError(f'each of the {rows} rows has a missing value, and none is left; use missing="impute"')
+            raise DataError(f'every row has a missing value, {rows} of {rows}; use missing="impute"')
 
     def _names_of(self, kind: str) -> list[str]:
         return [name for name, each in self._columns.items() if each == kind]
