@@ -93,15 +93,16 @@ class Row:
 def run_case(case: Case, budget_s: float, seed: int) -> Row:
     """Check `case`, time it for about `budget_s` seconds, check it again. Whatever goes wrong is the row's error."""
     try:
-        torch.manual_seed(seed)
-        sides = case.setup(case)
-        with threads(case.threads), sides.context():
-            if error := find_error(sides):
-                return Row(case, None, error)
-            timing = time_pair(sides.fused, sides.eager, budget_s)
-            if error := find_error(sides):
-                return Row(case, None, f"after timing: {error}")
-        return Row(case, timing, None)
+        with threads(case.threads):
+            torch.manual_seed(seed)
+            sides = case.setup(case)
+            with sides.context():
+                if error := find_error(sides):
+                    return Row(case, None, error)
+                timing = time_pair(sides.fused, sides.eager, budget_s)
+                if error := find_error(sides):
+                    return Row(case, None, f"after timing: {error}")
+            return Row(case, timing, None)
     except Exception as error:  # one broken case must not take the other rows along
         return Row(case, None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 

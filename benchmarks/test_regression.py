@@ -1,7 +1,7 @@
 """The benchmark's cases under pytest-benchmark, for those who keep its history: both sides of each, at 1 thread.
 
     python -m pytest benchmarks/test_regression.py --benchmark-only --benchmark-autosave
-    python -m pytest benchmarks/test_regression.py --benchmark-only --benchmark-compare --benchmark-compare-fail=median:20%
+    python -m pytest benchmarks/test_regression.py --benchmark-only --benchmark-compare
 
 They are skipped unless asked for. Between two runs the machine may have changed too: a ratio to believe is that of
 `python -m benchmarks`, where both sides take turns.
