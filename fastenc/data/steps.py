@@ -22,18 +22,19 @@ _SCALER_STATE = {"standard": ("mean_", "var_", "scale_"), "minmax": ("data_min_"
 
 
 def fit_imputer(table: Columns, columns: Sequence[int]) -> Any:
-    """A SimpleImputer of the columns' medians over all rows."""
+    """A SimpleImputer of the columns' medians over all rows; each column must have a value."""
     step = max(1, _MEDIAN_VALUES // table.rows)
-    medians = [
-        _new_imputer().fit(table.numbers(slice(None), columns[start : start + step])).statistics_
-        for start in range(0, len(columns), step)
-    ]
-    return restore_imputer(np.concatenate(medians))
+    medians = []
+    for start in range(0, len(columns), step):
+        # SimpleImputer's own fit sorts masked arrays: the same medians, many times slower.
+        for column in table.numbers(slice(None), columns[start : start + step]).T:
+            medians.append(np.median(column[~np.isnan(column)]))
+    return restore_imputer(np.array(medians))
 
 
 def restore_imputer(medians: np.ndarray) -> Any:
     """A SimpleImputer that fills in `medians`, float64 `[columns]`."""
-    return _new_imputer().fit(medians[None])
+    return require("sklearn.impute", _PURPOSE).SimpleImputer(strategy="median").fit(medians[None])
 
 
 def fit_scaler(scale: str, blocks: Iterable[np.ndarray], names: Sequence[str]) -> Any:
@@ -121,10 +122,6 @@ def finite_array(values: Any, size: int, name: str) -> np.ndarray:
     if array.shape != (size,) or not np.isfinite(array).all():
         raise ValueError(f"{name} is not {size} finite numbers")
     return array
-
-
-def _new_imputer() -> Any:
-    return require("sklearn.impute", _PURPOSE).SimpleImputer(strategy="median")
 
 
 def _new_scaler(scale: str) -> Any:
