@@ -1,6 +1,6 @@
 """`python -m benchmarks`: ask every question, or compare two earlier answers.
 
-    python -m benchmarks                                  # half an hour; the machine should do nothing else
+    python -m benchmarks                                  # tens of minutes; the machine should do nothing else
     python -m benchmarks --quick --out /tmp/bench         # a smoke test
     python -m benchmarks --compare before.json after.json # exit code 1 if a row became slower or fails now
 
