@@ -88,6 +88,10 @@ def test_dropping_every_row_is_refused():
 def test_dropped_rows_teach_nothing():
     fitted = Preprocessor("drop", "minmax").fit(np.array([[0.0, 1.0], [100.0, NAN], [10.0, 3.0]]))
     assert fitted.transform(np.array([[10.0, 3.0]])).x.tolist() == [[1.0, 1.0]]
+    texts = pd.DataFrame({"n": [1.0, 2.0, None], "city": ["Rome", None, "Oslo"]})
+    fitted = Preprocessor("drop", "none").fit(texts)
+    assert fitted.feature_names == ["n", "city=Rome"]
+    assert fitted.transform(texts).x.tolist() == [[1.0, 1.0]]
 
 
 @pytest.mark.parametrize("scale", ["standard", "minmax"])

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from fastenc.data import DataError, as_rows, load
+from fastenc.data import DataError, as_rows, load, sources
 from fastenc.data.extras import require
 
 
@@ -81,6 +81,15 @@ def test_csv_details(tmp_path):
     assert frame["b c"].tolist()[::2] == [2.5, float("inf")]
     assert frame["d"].isna().tolist() == [False, True, True]
     assert frame["d"][0] == "x, y\nz"
+
+
+def test_quoted_line_breaks_across_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_CSV_BLOCK", 64)
+    texts = [f"{'x' * n}\n{n},\n{'y' * n}" for n in range(20)]
+    pd.DataFrame({"n": range(20), "text": texts}).to_csv(tmp_path / "x.csv", index=False)
+    frame = load(tmp_path / "x.csv").features
+    assert frame["n"].tolist() == list(range(20))
+    assert frame["text"].tolist() == texts
 
 
 def test_header_of_numbers_that_count_up_is_a_header(tmp_path):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _DIGITS = "digits"
+_CSV_BLOCK = 1 << 24  # bytes that are parsed at a time; the longest line must fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +134,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     try:
         table = reader.read_csv(
             path,
-            read_options=reader.ReadOptions(block_size=1 << 24),  # a line must fit into one block
+            read_options=reader.ReadOptions(block_size=_CSV_BLOCK),
             parse_options=reader.ParseOptions(newlines_in_values=True),
             convert_options=reader.ConvertOptions(strings_can_be_null=True),
         )
