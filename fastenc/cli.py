@@ -30,7 +30,7 @@ from .pipeline import (
     take,
 )
 from .pretrained import ModelFileError
-from .record import fingerprint, read_record, split_rows, write_record
+from .record import read_record, split_rows, write_record
 from .report import dead_units, evaluate_codes, render_evaluation
 from .training import EarlyStopping, Trainer
 from .vectors import check_folder_of, check_output, replacing, rows_file, write_row_numbers, write_vectors
@@ -193,8 +193,8 @@ def train(
     )
     seconds = time.perf_counter() - began
     model.save_pretrained(out, preprocessing=preprocessor.to_dict())
-    split = {"rows": len(source), "held_out": validation_split, "seed": seed, "target": target}
-    write_record(out, {**split, "data_sha256": fingerprint(prepared.x), "history": history.history})
+    split: dict[str, Any] = {"rows": len(source), "held_out": validation_split, "seed": seed, "target": target}
+    write_record(out, prepared.x, **split, history=history.history)
     losses = ", ".join(f"{name} {values[-1]:.6g}" for name, values in history.history.items())
     typer.echo(f"{len(history.epoch)} epochs in {seconds:.1f} s: {losses}")
     dead = dead_units(np.concatenate(list(run_in_chunks(encoder.eval(), x))))

@@ -40,16 +40,33 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_record(folder: str | os.PathLike[str], record: dict[str, Any]) -> None:
-    """Write `record` (plain JSON) beside the model that lies in `folder`, tied to the model's bytes.
+def write_record(
+    folder: str | os.PathLike[str],
+    x: np.ndarray,
+    *,
+    rows: int,
+    held_out: float,
+    seed: int,
+    target: str | None,
+    history: dict[str, list[float]],
+) -> None:
+    """Write how the model that lies in `folder` was trained beside it, tied to the model's bytes.
 
     Call it after `save_pretrained`. If it never comes to that, the record there is another model's and is not believed.
+
+    Args:
+        x: all rows after preprocessing, float32; only their fingerprint is kept.
+        rows: of the source, before preprocessing dropped any.
+        held_out, seed: `split_rows(rows, held_out, seed)` are the rows that were trained on and those that were not.
+        target: the column of labels.
+        history: of the Trainer.
     """
     folder = Path(folder)
     temporary = folder / f".{RECORD_FILE}.{os.getpid()}.tmp"
     try:
-        text = json.dumps({"model_sha256": file_sha256(folder / MODEL_FILE), **record}, indent=2)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        record = {"model_sha256": file_sha256(folder / MODEL_FILE), "data_sha256": fingerprint(x), "rows": rows}
+        record |= {"held_out": held_out, "seed": seed, "target": target, "history": history}
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / RECORD_FILE)
     finally:
         temporary.unlink(missing_ok=True)
