@@ -1,14 +1,265 @@
-"""(skeleton: eager only)"""
+"""fused_dense() and encoder(): the layers as functions, with their gradients.
+
+The everyday path is an old-style `autograd.Function` (10 us a call; one with `setup_context` takes 40) that calls a
+backend directly. Under tracing and `torch.func` the same layers go through `torch.ops.fastenc`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from . import ops
 from .activation import get_activation
+from .backends import reference
 
 
-def fused_dense(x, weight, bias=None, activation="relu"):
-    return get_activation(activation).forward(F.linear(x, weight, bias))
+class FusedDenseFunction(torch.autograd.Function):
+    """out, preact = apply(x, weight, bias, activation, backend); x is [M, K]. See `fastenc::dense_forward`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, backend: ModuleType):
+        out, preact = backend.dense_forward(x, weight, bias, activation, True)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        saved = None if activation == "identity" else preact if get_activation(activation).saves_preact else out
+        # Only what the gradients read, so that the rest may change or be freed, as with nn.Linear.
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, saved)
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape[1]
+        ctx.activation = activation
+        ctx.backend = backend
+        return out, preact
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor | None, grad_preact: Tensor | None):
+        x, weight, saved = ctx.saved_tensors
+        mask = ctx.needs_input_grad[:3]
+        if grad_out is None and grad_preact is None:
+            return None, None, None, None, None
+        if grad_preact is not None or torch.is_grad_enabled():
+            # To be differentiated again: by formulas in ATen.
+            if grad_out is not None:
+                from_out = grad_out if saved is None else get_activation(ctx.activation).backward(grad_out, saved)
+                grad_preact = from_out if grad_preact is None else grad_preact + from_out
+            grads = reference.linear_backward(grad_preact, x, weight, mask)
+        else:
+            # A stand-in has the shape; what it stands for is not read.
+            x = grad_out.new_empty(()).expand(grad_out.shape[0], ctx.shape) if x is None else x
+            weight = grad_out.new_empty(()).expand(grad_out.shape[1], ctx.shape) if weight is None else weight
+            saved = grad_out if saved is None else saved
+            grads = ctx.backend.dense_backward(grad_out, x, weight, saved, ctx.activation, mask)
+        return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None, None
 
 
-def encoder(x, weights, biases, activations):
+class EncoderFunction(torch.autograd.Function):
+    """results = apply(activations, backend, x, *weights, *biases); x is [M, K]. See `fastenc::encoder_forward`.
+
+    Hidden outputs and pre-activations are results too, so that a second derivative finds them in the graph.
+    """
+
+    @staticmethod
+    def forward(ctx, activations: Sequence[str], backend: ModuleType, x: Tensor, *parameters: Tensor | None):
+        depth = len(activations)
+        weights, biases = parameters[:depth], parameters[depth:]
+        results = backend.encoder_forward(x, weights, biases, activations, True)
+        needs_x, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
+        ctx.mask = [needs_x]
+        for needs_weight, needs_bias in zip(needs[:depth], needs[depth:], strict=True):
+            ctx.mask += [needs_weight, needs_bias]
+        # The gradients read x only for the first weight's, and the first weight only for x's.
+        ctx.save_for_backward(x if needs[0] else None, weights[0] if needs_x else None, *weights[1:], *results)
+        ctx.set_materialize_grads(False)
+        ctx.shapes = x.shape, weights[0].shape
+        ctx.activations = activations
+        ctx.backend = backend
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx, *grad_results: Tensor | None):
+        depth = len(ctx.activations)
+        x, *rest = ctx.saved_tensors
+        weights, results = rest[:depth], rest[depth:]
+        grad_out = grad_results[depth - 1]
+        # A stand-in has the shape; what it stands for is not read.
+        x = results[0].new_empty(()).expand(ctx.shapes[0]) if x is None else x
+        weights[0] = x.new_empty(()).expand(ctx.shapes[1]) if weights[0] is None else weights[0]
+        only_last = grad_out is not None and all(
+            grad is None for i, grad in enumerate(grad_results) if i != depth - 1
+        )
+        if only_last and not torch.is_grad_enabled() and ctx.backend is not reference:
+            grads = ctx.backend.encoder_backward(grad_out, x, weights, results, ctx.activations, ctx.mask)
+        else:
+            grads = reference.encoder_backward(grad_results, x, weights, results, ctx.activations, ctx.mask)
+        grads = [grad if wanted else None for grad, wanted in zip(grads, ctx.mask, strict=True)]
+        return None, None, grads[0], *grads[1::2], *grads[2::2]
+
+
+def fused_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu") -> Tensor:
+    """`activation(x @ weight.T + bias)` in one kernel, with its gradient.
+
+    Args:
+        x: `[..., K]`, any leading dimensions and strides.
+        weight: `[N, K]`.
+        bias: `[N]` or None.
+        activation: a name of `fastenc.activation.ACTIVATIONS`.
+
+    Returns:
+        `[..., N]`, in the dtype of x (under autocast, in autocast's). fp32, bf16 and fp16 are fused; any other dtype,
+        and any device without a backend, runs as eager PyTorch, with PyTorch's own errors.
+
+    Raises:
+        ValueError: the activation is unknown.
+        RuntimeError: as `torch.nn.functional.linear`, where shapes, dtypes or devices do not match.
+    """
+    act = get_activation(activation)
+    if _is_traced() and _fits(x, weight, bias):
+        x, weight, bias = _autocast(x, weight, bias)
+        out, _ = torch.ops.fastenc.dense_forward(
+            x.reshape(-1, weight.shape[1]), weight, bias, activation, torch.is_grad_enabled()
+        )
+        return out.reshape(*x.shape[:-1], weight.shape[0])
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = _autocast(x, weight, bias)
+    rows = x if x.dim() == 2 else _rows(x)
+    backend = None if forward_ad._current_level >= 0 else ops.select(rows, (weight,), (bias,))
+    if backend is None:
+        return act.forward(F.linear(x, weight, bias))
+    if torch.is_grad_enabled() and (
+        rows.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        out, _ = FusedDenseFunction.apply(rows, weight, bias, activation, backend)
+    else:
+        out, _ = backend.dense_forward(rows, weight, bias, activation, False)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+
+
+def encoder(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]
+) -> Tensor:
+    """`fused_dense` after `fused_dense`, in one kernel for the whole stack, with its gradient.
+
+    Args:
+        x: `[..., K]`.
+        weights: of each layer, `[N_i, N_(i-1)]`, with `N_(-1) = K`.
+        biases: of each layer, `[N_i]` or None.
+        activations: of each layer, a name.
+
+    Returns:
+        `[..., N_last]`.
+
+    Raises:
+        ValueError: an activation is unknown, or the three lists differ in length.
+        RuntimeError: as `torch.nn.functional.linear`, where shapes, dtypes or devices do not match.
+    """
+    if not len(weights) == len(biases) == len(activations) > 0:
+        raise ValueError(
+            f"a stack needs as many weights as biases and activations, at least one; "
+            f"got {len(weights)}, {len(biases)} and {len(activations)}"
+        )
+    if len(weights) == 1 or x.dim() == 0 or forward_ad._current_level >= 0:
+        return _layer_by_layer(x, weights, biases, activations)
+    if _is_traced():
+        if not torch.compiler.is_compiling() or not _all_fit(x, weights, biases):
+            return _layer_by_layer(x, weights, biases, activations)
+        x, *parameters = _autocast(x, *weights, *biases)
+        weights, biases = parameters[: len(weights)], parameters[len(weights) :]
+        save = torch.is_grad_enabled()
+        results = torch.ops.fastenc.encoder_forward(
+            x.reshape(-1, x.shape[-1]), weights, biases, list(activations), save
+        )
+        return results[len(weights) - 1 if save else 0].reshape(*x.shape[:-1], weights[-1].shape[0])
+    if torch.is_autocast_enabled(x.device.type):
+        x, *parameters = _autocast(x, *weights, *biases)
+        weights, biases = parameters[: len(weights)], parameters[len(weights) :]
+    rows = x if x.dim() == 2 else _rows(x)
+    for activation in activations:
+        get_activation(activation)
+    backend = ops.select(rows, weights, biases)
+    if backend is None:
+        return _layer_by_layer(x, weights, biases, activations)
+    out = _run_stack(rows, weights, biases, activations, backend)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weights[-1].shape[0])
+
+
+def _run_stack(x, weights, biases, activations, backend: ModuleType) -> Tensor:
+    first = 0  # the first layer that has a gradient; what lies below needs none, and saves nothing
+    if torch.is_grad_enabled():
+        if not x.requires_grad:
+            while first < len(weights) and not (
+                weights[first].requires_grad or (biases[first] is not None and biases[first].requires_grad)
+            ):
+                first += 1
+    else:
+        first = len(weights)
+    if first > 0:
+        with torch.no_grad():
+            x = backend.encoder_forward(x, weights[:first], biases[:first], activations[:first], False)[0]
+        if first == len(weights):
+            return x
+        weights, biases, activations = weights[first:], biases[first:], activations[first:]
+    return EncoderFunction.apply(tuple(activations), backend, x, *weights, *biases)[len(weights) - 1]
+
+
+def _layer_by_layer(x, weights, biases, activations) -> Tensor:
     for weight, bias, activation in zip(weights, biases, activations, strict=True):
         x = fused_dense(x, weight, bias, activation)
     return x
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile, torch.export or a torch.func transform looks on."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the operators take these shapes; eager PyTorch takes more, and raises the errors that users know."""
+    return (
+        x.dim() > 0
+        and weight.dim() == 2
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and x.is_floating_point()
+        and not _is_forward_mode()
+    )
+
+
+def _all_fit(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+    return _fits(x, weights[0], biases[0]) and all(
+        weight.dim() == 2 and weight.shape[1] == below.shape[0] and (bias is None or bias.shape == weight.shape[:1])
+        for below, weight, bias in zip(weights, weights[1:], biases[1:], strict=False)
+    )
+
+
+def _is_forward_mode() -> bool:
+    """Whether one of the torch.func transforms around is forward-mode, which the operators leave to ATen."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return any(
+        functorch.CInterpreter.key(layer) == functorch.TransformType.Jvp
+        for layer in functorch.get_interpreter_stack() or ()
+    )
+
+
+def _autocast(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Cast to autocast's dtype what F.linear would: floating-point tensors, but for fp64."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return [x, *parameters]
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (x, *parameters)
+    ]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as [M, K]; left alone if it has no last dimension."""
+    if x.dim() == 0:
+        return x
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])

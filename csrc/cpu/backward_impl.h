@@ -1,0 +1,331 @@
+// The backward pass of a stack of dense layers. Included by stack_impl.h only.
+//
+// With dZ_l the gradient at layer l's pre-activation:
+//   dZ_l = (dZ_{l+1} @ W_{l+1}) * act_l'    dW_l = dZ_l^T @ out_{l-1}    db_l = sum over rows of dZ_l
+// The rows are taken a chunk at a time. First each block of rows runs down the chain, masking every dZ tile once and
+// keeping its transpose; then tiles of all weight gradients sum over the chunk's blocks, in order. Nothing is summed in
+// an order that depends on the number of threads. Layers below the lowest wanted gradient cost nothing.
+
+namespace fastenc {
+namespace FASTENC_ISA {
+
+constexpr int64_t kChunkBlocks = 32;     // of up to 64 rows: a chunk's dZ stays in the L3 cache
+constexpr int64_t kPackWeightRows = 96;  // from here on packing a weight pays for itself
+
+template <class T, class Op>
+class Backward {
+ public:
+  Backward(const BackwardArgs& args, const Runtime& runtime)
+      : args_(args),
+        runtime_(runtime),
+        schedule_(args.M, 2 * multiply_adds_per_row(args.layers, args.depth), runtime.threads),
+        plans_(args.depth) {
+    bottom_ = 0;
+    if (args.grad_x == nullptr)
+      while (bottom_ < args.depth && !wants_any(bottom_)) ++bottom_;
+    if (bottom_ == args.depth) return;
+    single_block_ = schedule_.blocks == 1;
+    const int64_t chunk_blocks = std::min(kChunkBlocks, schedule_.blocks);
+
+    int64_t packed_size = 0, transposed_size = 0, bias_size = 0, sum_size = 0;
+    for (int64_t l = bottom_; l < args.depth; ++l) {
+      const Layer& layer = args.layers[l];
+      Plan& plan = plans_.get()[l];
+      const int64_t padded_out = round_up(layer.out, kLanes);
+      plan.packed = needs_grad_in(l) && (!std::is_same_v<T, float> || args.M >= kPackWeightRows);
+      plan.packed_offset = packed_size;
+      if (plan.packed) packed_size += packed_depth<Op>(layer.out) * round_up(layer.in, kLanes);
+      plan.transposed_offset = transposed_size;
+      if (args.grad_weights[l] != nullptr) transposed_size += chunk_blocks * padded_out * schedule_.block_rows;
+      plan.bias_offset = bias_size;
+      if (args.grad_biases[l] != nullptr) bias_size += (chunk_blocks + 1) * padded_out;
+      plan.sum_offset = sum_size;
+      if (args.grad_weights[l] != nullptr && !std::is_same_v<T, float>) sum_size += layer.out * layer.in;
+      widest_ = std::max(widest_, padded_out);
+    }
+    Scratch<Op> packed(packed_size), transposed(transposed_size);
+    Scratch<float> bias_sums(bias_size), weight_sums(sum_size);
+    packed_ = packed.get();
+    transposed_ = transposed.get();
+    bias_sums_ = bias_sums.get();
+    weight_sums_ = weight_sums.get();
+
+    if (packed_size > 0) pack_weights(packed_size);
+    for (int64_t first = 0; first < schedule_.blocks; first += chunk_blocks) {
+      const int64_t last = std::min(first + chunk_blocks, schedule_.blocks);
+      run_chain(first, last);
+      run_sums(first, last);
+    }
+  }
+
+ private:
+  struct Plan {
+    bool packed;
+    int64_t packed_offset;      // weight as panels of columns, in packed_
+    int64_t transposed_offset;  // dZ^T [blocks of the chunk, out, block_rows], in transposed_
+    int64_t bias_offset;        // [1 + blocks of the chunk, out]: the sum so far, then a sum per block, in bias_sums_
+    int64_t sum_offset;         // [out, in] in fp32 where the gradient itself is not fp32, in weight_sums_
+  };
+
+  bool wants_any(int64_t l) const { return args_.grad_weights[l] != nullptr || args_.grad_biases[l] != nullptr; }
+  bool needs_grad_in(int64_t l) const { return l > bottom_ || (l == 0 && args_.grad_x != nullptr); }
+
+  void pack_weights(int64_t packed_size) {
+    int64_t panels = 0;
+    for (int64_t l = bottom_; l < args_.depth; ++l) panels += plans_.get()[l].packed ? panel_count(args_.layers[l].in) : 0;
+    const bool parallel = runtime_.threads > 1 && packed_size * 5 >= kParallelWork;
+    run_tasks(runtime_, parallel, panels, [&] {
+      return [&](int64_t panel) {
+        int64_t l = bottom_;
+        while (!plans_.get()[l].packed || panel >= panel_count(args_.layers[l].in)) {
+          if (plans_.get()[l].packed) panel -= panel_count(args_.layers[l].in);
+          ++l;
+        }
+        const Layer& layer = args_.layers[l];
+        const int64_t cols = panel_columns(layer.in, panel);
+        pack_block<T, Op>({layer.weight, layer.in, 1}, 0, layer.out, panel * kPanel, cols, panel_data(l, panel),
+                          round_up(cols, kLanes));
+      };
+    });
+  }
+
+  Op* panel_data(int64_t l, int64_t panel) {
+    return packed_ + plans_.get()[l].packed_offset + panel * kPanel * packed_depth<Op>(args_.layers[l].out);
+  }
+
+  // dZ of two layers in turn, [rows, round_up(out, 16)], for a block (or, layerwise, for all).
+  struct Buffers {
+    Op* dz[2];
+    int64_t first_block;
+  };
+
+  void run_chain(int64_t first, int64_t last) {
+    const int64_t top = args_.depth - 1;
+    const int64_t buffer_rows = schedule_.layerwise ? (last - first) * schedule_.block_rows : schedule_.block_rows;
+    const int64_t size = buffer_rows * widest_;
+    if (schedule_.layerwise) {
+      Scratch<Op> dz(2 * size);
+      const Buffers buffers = {{dz.get(), dz.get() + size}, first};
+      for (int64_t block = first; block < last; ++block) load_grad_out(buffers, block, first);
+      for (int64_t l = top; l >= bottom_ && needs_grad_in(l); --l) {
+        const int64_t panels = panel_count(args_.layers[l].in);
+        run_tasks(runtime_, true, (last - first) * panels, [&] {
+          return [&, guard = BrgemmGuard<Op>{runtime_}](int64_t i) {
+            grad_in_tile(buffers, l, first + i / panels, i % panels, first);
+          };
+        });
+      }
+      return;
+    }
+    struct Worker {
+      Backward* self;
+      int64_t first;
+      Scratch<Op> dz;
+      Buffers buffers;
+      BrgemmGuard<Op> guard;
+      void operator()(int64_t i) {
+        const int64_t block = first + i;
+        buffers.first_block = block;
+        self->load_grad_out(buffers, block, first);
+        for (int64_t l = self->args_.depth - 1; l >= self->bottom_ && self->needs_grad_in(l); --l)
+          for (int64_t panel = 0; panel < panel_count(self->args_.layers[l].in); ++panel)
+            self->grad_in_tile(buffers, l, block, panel, first);
+      }
+      Worker(Backward* backward, int64_t first_block, int64_t count)
+          : self(backward), first(first_block), dz(2 * count), guard{backward->runtime_} {
+        buffers = {{dz.get(), dz.get() + count}, 0};
+      }
+    };
+    run_tasks(runtime_, schedule_.parallel, last - first, [&] { return Worker(this, first, size); });
+  }
+
+  void load_grad_out(const Buffers& buffers, int64_t block, int64_t first) {
+    const int64_t top = args_.depth - 1, out = args_.layers[top].out;
+    float C[kPanel * kPanel] __attribute__((aligned(64)));
+    T gathered[kPanel];
+    for (int64_t col = 0; col < out; col += kPanel) {
+      const int64_t cols = std::min(kPanel, out - col);
+      for (int64_t r = 0; r < schedule_.rows(block); ++r)
+        convert_row(contiguous_row(args_.grad_out, block * schedule_.block_rows + r, col, cols, gathered),
+                    C + r * kPanel, cols);
+      finish_dz(buffers, top, block, col, cols, first, C);
+    }
+  }
+
+  // dZ_l @ W_l for one tile: of grad_x, or, times the activation's derivative, of dZ_{l-1}.
+  void grad_in_tile(const Buffers& buffers, int64_t l, int64_t block, int64_t panel, int64_t first) {
+    const Layer& layer = args_.layers[l];
+    const int64_t row = block * schedule_.block_rows, rows = schedule_.rows(block);
+    const int64_t col = panel * kPanel, cols = panel_columns(layer.in, panel);
+    const int64_t ld_dz = round_up(layer.out, kLanes);
+    const Op* dz = buffers.dz[l % 2] + (block - buffers.first_block) * schedule_.block_rows * ld_dz;
+    float C[kPanel * kPanel] __attribute__((aligned(64)));
+    if (layer.out == 0) {
+      std::memset(C, 0, sizeof C);
+    } else if (plans_.get()[l].packed) {
+      const int64_t ld = round_up(cols, kLanes);
+      gemm(runtime_, rows, ld, packed_depth<Op>(layer.out), ld_dz, ld, kPanel, /* add_C */ false, dz,
+           panel_data(l, panel), C);
+    } else if constexpr (std::is_same_v<T, float>) {
+      gemm(runtime_, rows, cols, layer.out, ld_dz, layer.in, kPanel, /* add_C */ false, dz,
+           static_cast<const float*>(layer.weight) + col, C);
+    }
+    if (l > bottom_) return finish_dz(buffers, l - 1, block, col, cols, first, C);
+    T* grad_x = static_cast<T*>(args_.grad_x) + row * layer.in + col;
+    for (int64_t r = 0; r < rows; ++r) convert_row(C + r * kPanel, grad_x + r * layer.in, cols);
+  }
+
+  // C, the gradient at layer l's output, times the derivative: dZ. Stored for the layer below, transposed for the
+  // weight's gradient, and summed for the bias's.
+  void finish_dz(const Buffers& buffers, int64_t l, int64_t block, int64_t col, int64_t cols, int64_t first, float* C) {
+    const Layer& layer = args_.layers[l];
+    const Plan& plan = plans_.get()[l];
+    const int64_t row = block * schedule_.block_rows, rows = schedule_.rows(block);
+    if (layer.activation != ActivationKind::kIdentity) {
+      const T* saved = static_cast<const T*>(saves_preact(layer.activation) ? args_.preacts[l] : args_.outs[l]);
+      saved += row * layer.out + col;
+      with_activation(layer.activation, [&](auto activation) {
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t j = 0; j < cols; j += kLanes) {
+            const int64_t count = std::min(kLanes, cols - j);
+            const T* src = saved + r * layer.out + j;
+            float* c = C + r * kPanel + j;
+            const Vec at = count == kLanes ? load(src) : load_part(src, count);
+            store(decltype(activation)::backward(load(c), at), c);
+          }
+      });
+    }
+    if (needs_grad_in(l)) {
+      const int64_t ld = round_up(layer.out, kLanes);
+      Op* dz = buffers.dz[l % 2] + (block - buffers.first_block) * schedule_.block_rows * ld + col;
+      const int64_t extra = packed_depth<Op>(cols) - cols;  // the pair of a last odd column
+      for (int64_t r = 0; r < rows; ++r) {
+        convert_row(C + r * kPanel, dz + r * ld, cols);
+        if (extra > 0) from_float(0.0f, dz + r * ld + cols);
+      }
+    }
+    const int64_t padded_out = round_up(layer.out, kLanes);
+    if (args_.grad_biases[l] != nullptr) {
+      float* sums = bias_sums_ + plan.bias_offset + (block - first + 1) * padded_out + col;
+      for (int64_t j = 0; j < cols; j += kLanes) {
+        Vec total = load(C + j);
+        for (int64_t r = 1; r < rows; ++r) total += load(C + r * kPanel + j);
+        store(total, sums + j);
+      }
+    }
+    if (args_.grad_weights[l] != nullptr) {
+      const int64_t ld = schedule_.block_rows;
+      Op* dst = transposed_ + plan.transposed_offset + ((block - first) * padded_out + col) * ld;
+      if constexpr (std::is_same_v<Op, float>) {
+        transpose(C, kPanel, rows, cols, dst, ld);
+      } else {
+        float columns[kPanel * kPanel];
+        transpose(C, kPanel, rows, cols, columns, ld);
+        for (int64_t n = 0; n < cols; ++n) convert_row(columns + n * ld, dst + n * ld, round_up(rows, kLanes));
+      }
+    }
+  }
+
+  // Adds the blocks [first, last) to the gradients of weights and biases.
+  void run_sums(int64_t first, int64_t last) {
+    int64_t tiles = 0;
+    for (int64_t l = bottom_; l < args_.depth; ++l) tiles += sum_tiles(l);
+    run_tasks(runtime_, schedule_.parallel, tiles, [&] {
+      return [&, guard = BrgemmGuard<Op>{runtime_}](int64_t i) {
+        int64_t l = bottom_;
+        while (i >= sum_tiles(l)) i -= sum_tiles(l++);
+        const int64_t panels = panel_count(args_.layers[l].out);
+        if (args_.grad_weights[l] != nullptr) weight_tile(l, i % panels, i / panels, first, last);
+        if (args_.grad_biases[l] != nullptr && i < panels) bias_tile(l, i, first, last);
+      };
+    });
+  }
+
+  int64_t sum_tiles(int64_t l) const {
+    const Layer& layer = args_.layers[l];
+    if (!wants_any(l)) return 0;
+    const bool weight = args_.grad_weights[l] != nullptr;
+    return panel_count(layer.out) * (weight ? std::max<int64_t>(1, panel_count(layer.in)) : 1);
+  }
+
+  void weight_tile(int64_t l, int64_t out_panel, int64_t in_panel, int64_t first, int64_t last) {
+    const Layer& layer = args_.layers[l];
+    const int64_t row = out_panel * kPanel, rows = panel_columns(layer.out, out_panel);
+    const int64_t col = in_panel * kPanel, cols = panel_columns(layer.in, in_panel);
+    if (cols <= 0) return;
+    const Matrix input = l == 0 ? args_.x : Matrix{args_.outs[l - 1], layer.in, 1};
+    const bool in_place = std::is_same_v<T, float> && input.col_stride == 1 && input.row_stride >= layer.in;
+    const int64_t ld = round_up(cols, kLanes);
+    float C[kPanel * kPanel] __attribute__((aligned(64)));
+    Op B[kPanel * kPanel] __attribute__((aligned(64)));
+    T* grad = static_cast<T*>(args_.grad_weights[l]) + row * layer.in + col;
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t block_row = block * schedule_.block_rows, depth = schedule_.rows(block);
+      const int64_t padded_out = round_up(layer.out, kLanes);
+      const Op* A = transposed_ + plans_.get()[l].transposed_offset +
+                    ((block - first) * padded_out + row) * schedule_.block_rows;
+      const bool add = block > first;
+      if constexpr (std::is_same_v<T, float>) {
+        if (in_place) {
+          float* destination = single_block_ ? reinterpret_cast<float*>(grad) : C;
+          gemm(runtime_, rows, cols, depth, schedule_.block_rows, input.row_stride,
+               single_block_ ? layer.in : kPanel, add, A,
+               static_cast<const float*>(input.data) + block_row * input.row_stride + col, destination);
+          continue;
+        }
+      }
+      pack_block<T, Op>(input, block_row, depth, col, cols, B, ld);
+      gemm(runtime_, rows, ld, packed_depth<Op>(depth), schedule_.block_rows, ld, kPanel, add, A, B, C);
+    }
+    if (in_place && single_block_) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* c = C + r * kPanel;
+      if constexpr (std::is_same_v<T, float>) {
+        if (first > 0) add_row(grad + r * layer.in, c, cols);
+      } else {
+        float* sums = weight_sums_ + plans_.get()[l].sum_offset + (row + r) * layer.in + col;
+        if (first > 0) add_row(sums, c, cols);
+        if (last < schedule_.blocks) convert_row(c, sums, cols);
+      }
+      if (std::is_same_v<T, float> || last == schedule_.blocks) convert_row(c, grad + r * layer.in, cols);
+    }
+  }
+
+  // c += sums.
+  static void add_row(const float* sums, float* c, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) c[i] += sums[i];
+  }
+
+  void bias_tile(int64_t l, int64_t panel, int64_t first, int64_t last) {
+    const Layer& layer = args_.layers[l];
+    const int64_t padded_out = round_up(layer.out, kLanes);
+    const int64_t col = panel * kPanel, cols = panel_columns(layer.out, panel);
+    float* sums = bias_sums_ + plans_.get()[l].bias_offset + col;
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      Vec total = load(sums + padded_out + j);
+      for (int64_t block = first + 1; block < last; ++block) total += load(sums + (block - first + 1) * padded_out + j);
+      store(first > 0 ? total + load(sums + j) : total, sums + j);
+    }
+    if (last == schedule_.blocks) convert_row(sums, static_cast<T*>(args_.grad_biases[l]) + col, cols);
+  }
+
+  const BackwardArgs& args_;
+  const Runtime& runtime_;
+  const Schedule schedule_;
+  Scratch<Plan> plans_;
+  Op* packed_ = nullptr;
+  Op* transposed_ = nullptr;
+  float* bias_sums_ = nullptr;
+  float* weight_sums_ = nullptr;
+  int64_t bottom_ = 0;  // the lowest layer that something is wanted of
+  int64_t widest_ = 0;
+  bool single_block_ = false;
+};
+
+template <class T, class Op>
+inline void backward_as(const BackwardArgs& args, const Runtime& runtime) {
+  Backward<T, Op> pass(args, runtime);
+}
+
+}  // namespace FASTENC_ISA
+}  // namespace fastenc

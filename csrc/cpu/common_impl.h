@@ -1,0 +1,48 @@
+// Sizes, element types and scratch memory. Included by stack_impl.h only, into each instruction set's own namespace: a
+// shared function of which the linker kept the AVX-512 build would break older machines.
+#include "stack.h"
+#include "std_headers.h"
+
+namespace fastenc {
+namespace FASTENC_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+constexpr int64_t kLanes = 16;  // floats in one vector; a narrower machine splits it
+constexpr int64_t kPanel = 64;  // columns in one tile of a product
+
+FASTENC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTENC_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Uninitialised memory, aligned to a cache line. Throws std::bad_alloc.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count = 0) : data_(nullptr) {
+    if (count <= 0) return;
+    data_ = static_cast<T*>(std::aligned_alloc(64, round_up(count * static_cast<int64_t>(sizeof(T)), 64)));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// Multiply-adds below which a second thread costs more than it brings (a parallel region takes about 5 us).
+constexpr int64_t kParallelWork = int64_t{1} << 20;
+
+// Rows per block. A block's activations stay in the L2 cache; small batches make small blocks, to have enough of them.
+FASTENC_INLINE int64_t rows_per_block(int64_t M) { return M >= 512 ? 64 : M >= 128 ? 32 : 16; }
+
+}  // namespace FASTENC_ISA
+}  // namespace fastenc

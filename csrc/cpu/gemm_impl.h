@@ -1,0 +1,185 @@
+// Products of tiles: libtorch's brgemm or a portable one, a kernel of dot products for a few rows, and the packing of
+// operands. Included by stack_impl.h only.
+
+namespace fastenc {
+namespace FASTENC_ISA {
+
+#if defined(FASTENC_AVX512)
+constexpr int kTileRows = 8, kTileVecs = 2;
+#else
+constexpr int kTileRows = 4, kTileVecs = 1;
+#endif
+
+// C[kRows, 16 kVecs] (+)= A[kRows, K] @ B[K, 16 kVecs].
+template <int kRows, int kVecs>
+inline void portable_tile(int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add_C, const float* A, const float* B,
+                          float* C) {
+  Vec acc[kRows][kVecs] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    Vec b[kVecs];
+    for (int v = 0; v < kVecs; ++v) b[v] = load(B + k * ldb + v * kLanes);
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVecs; ++v) acc[r][v] += A[r * lda + k] * b[v];
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVecs; ++v) {
+      float* c = C + r * ldc + v * kLanes;
+      store(add_C ? load(c) + acc[r][v] : acc[r][v], c);
+    }
+}
+
+template <int kRows>
+inline void portable_rows(int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add_C, const float* A,
+                          const float* B, float* C) {
+  int64_t n = 0;
+  for (; n + kTileVecs * kLanes <= N; n += kTileVecs * kLanes)
+    portable_tile<kRows, kTileVecs>(K, lda, ldb, ldc, add_C, A, B + n, C + n);
+  for (; n + kLanes <= N; n += kLanes) portable_tile<kRows, 1>(K, lda, ldb, ldc, add_C, A, B + n, C + n);
+  if (n == N) return;
+  for (int r = 0; r < kRows; ++r) {
+    float acc[kLanes] = {};
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t j = 0; j < N - n; ++j) acc[j] += A[r * lda + k] * B[k * ldb + n + j];
+    for (int64_t j = 0; j < N - n; ++j) C[r * ldc + n + j] = add_C ? C[r * ldc + n + j] + acc[j] : acc[j];
+  }
+}
+
+// C[M, N] (+)= A[M, K] @ B[K, N], row-major. An element's sum does not depend on M or N.
+inline void portable_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add_C,
+                          const float* A, const float* B, float* C) {
+  int64_t m = 0;
+  for (; m + kTileRows <= M; m += kTileRows)
+    portable_rows<kTileRows>(N, K, lda, ldb, ldc, add_C, A + m * lda, B, C + m * ldc);
+  for (; m < M; ++m) portable_rows<1>(N, K, lda, ldb, ldc, add_C, A + m * lda, B, C + m * ldc);
+}
+
+inline void gemm(const Runtime& runtime, int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc,
+                 bool add_C, const float* A, const float* B, float* C) {
+  if (runtime.brgemm_float != nullptr)
+    runtime.brgemm_float(M, N, K, lda, ldb, ldc, add_C, A, B, C, /* is_vnni */ false);
+  else
+    portable_gemm(M, N, K, lda, ldb, ldc, add_C, A, B, C);
+}
+
+// K is even and B in VNNI order; only called where brgemm_bfloat16 exists.
+inline void gemm(const Runtime& runtime, int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc,
+                 bool add_C, const BFloat16* A, const BFloat16* B, float* C) {
+  runtime.brgemm_bfloat16(M, N, K, lda, ldb, ldc, add_C, reinterpret_cast<const uint16_t*>(A),
+                          reinterpret_cast<const uint16_t*>(B), C, /* is_vnni */ true);
+}
+
+// The depth of a product as its operands are packed: even for bf16, whose B holds pairs.
+template <class Op>
+FASTENC_INLINE int64_t packed_depth(int64_t K) {
+  return std::is_same_v<Op, BFloat16> ? round_up(K, 2) : K;
+}
+
+// C[r, n] = dot(A[r, :], B[n, :]) for kRows x kCols of them.
+template <int kRows, int kCols, class TA, class TB>
+inline void dot_tile(int64_t K, const TA* A, int64_t lda, const TB* B, int64_t ldb, float* C, int64_t ldc) {
+  Vec acc[kRows][kCols] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= K; k += kLanes) {
+    Vec a[kRows];
+    for (int r = 0; r < kRows; ++r) a[r] = load(A + r * lda + k);
+    for (int n = 0; n < kCols; ++n) {
+      const Vec b = load(B + n * ldb + k);
+      for (int r = 0; r < kRows; ++r) acc[r][n] += a[r] * b;
+    }
+  }
+  if (k < K)
+    for (int n = 0; n < kCols; ++n) {
+      const Vec b = load_part(B + n * ldb + k, K - k);
+      for (int r = 0; r < kRows; ++r) acc[r][n] += load_part(A + r * lda + k, K - k) * b;
+    }
+  for (int r = 0; r < kRows; ++r)
+    for (int n = 0; n < kCols; ++n) C[r * ldc + n] = sum(acc[r][n]);
+}
+
+template <int kRows, class TA, class TB>
+inline void dot_rows(int64_t N, int64_t K, const TA* A, int64_t lda, const TB* B, int64_t ldb, float* C, int64_t ldc) {
+  constexpr int kCols = kRows == 1 ? 8 : 4;
+  int64_t n = 0;
+  for (; n + kCols <= N; n += kCols) dot_tile<kRows, kCols>(K, A, lda, B + n * ldb, ldb, C + n, ldc);
+  for (; n < N; ++n) dot_tile<kRows, 1>(K, A, lda, B + n * ldb, ldb, C + n, ldc);
+}
+
+// C[M, N] = A[M, K] @ B[N, K]^T: both read along their rows, nothing packed. For few rows or few columns.
+template <class TA, class TB>
+inline void gemm_nt(int64_t M, int64_t N, int64_t K, const TA* A, int64_t lda, const TB* B, int64_t ldb, float* C,
+                    int64_t ldc) {
+  int64_t m = 0;
+  for (; m + 4 <= M; m += 4) dot_rows<4>(N, K, A + m * lda, lda, B, ldb, C + m * ldc, ldc);
+  for (; m + 2 <= M; m += 2) dot_rows<2>(N, K, A + m * lda, lda, B, ldb, C + m * ldc, ldc);
+  for (; m < M; ++m) dot_rows<1>(N, K, A + m * lda, lda, B, ldb, C + m * ldc, ldc);
+}
+
+// The transpose of W[N, K], rows [0, N <= kPanel), as operand B: [K, ld] (VNNI for bf16), zero behind N.
+template <class T, class Op>
+inline void pack_transposed(const T* W, int64_t N, int64_t K, Op* dst, int64_t ld) {
+  if constexpr (std::is_same_v<Op, BFloat16>) {
+    static_assert(std::is_same_v<T, BFloat16>);
+    // A pair of bf16 is a 32-bit word, so VNNI order is a transpose of words.
+    float* words = reinterpret_cast<float*>(dst);
+    if (K % 2 == 0) {
+      transpose(reinterpret_cast<const float*>(W), K / 2, N, K / 2, words, ld);
+      return;
+    }
+    BFloat16 rows[kPanel * kPanel];
+    for (int64_t k = 0; k < K; k += kPanel) {
+      const int64_t count = std::min(kPanel, K - k);
+      for (int64_t n = 0; n < N; ++n) {
+        convert_row(W + n * K + k, rows + n * kPanel, count);
+        if (count % 2) rows[n * kPanel + count].bits = 0;
+      }
+      transpose(reinterpret_cast<const float*>(rows), kPanel / 2, N, ceil_div(count, 2), words + k / 2 * ld, ld);
+    }
+  } else if constexpr (std::is_same_v<T, float>) {
+    transpose(W, K, N, K, dst, ld);
+  } else {
+    float rows[kPanel * kPanel];
+    for (int64_t k = 0; k < K; k += kPanel) {
+      const int64_t count = std::min(kPanel, K - k);
+      for (int64_t n = 0; n < N; ++n) convert_row(W + n * K + k, rows + n * kPanel, count);
+      transpose(rows, kPanel, N, count, dst + k * ld, ld);
+    }
+  }
+}
+
+// Elements [col, col + count) of a row, contiguous: in place if they are, else gathered into buffer.
+template <class T>
+inline const T* contiguous_row(const Matrix& matrix, int64_t row, int64_t col, int64_t count, T* buffer) {
+  const T* src = static_cast<const T*>(matrix.data) + row * matrix.row_stride + col * matrix.col_stride;
+  if (matrix.col_stride == 1) return src;
+  for (int64_t i = 0; i < count; ++i) buffer[i] = src[i * matrix.col_stride];
+  return buffer;
+}
+
+// The rows x cols (<= kPanel) part of a matrix at (row, col) as operand B: [rows, ld] (VNNI for bf16), zero behind cols.
+template <class T, class Op>
+inline void pack_block(const Matrix& matrix, int64_t row, int64_t rows, int64_t col, int64_t cols, Op* dst, int64_t ld) {
+  T gathered[2][kPanel];
+  if constexpr (std::is_same_v<Op, BFloat16>) {
+    uint32_t* words = reinterpret_cast<uint32_t*>(dst);
+    const BFloat16 zeros[kPanel] = {};
+    for (int64_t r = 0; r < rows; r += 2) {
+      const BFloat16* even = contiguous_row(matrix, row + r, col, cols, gathered[0]);
+      const BFloat16* odd = r + 1 < rows ? contiguous_row(matrix, row + r + 1, col, cols, gathered[1]) : zeros;
+      int64_t j = 0;
+      for (; j + kLanes <= cols; j += kLanes) {
+        const IntVec pairs = load_bits(even + j) | (load_bits(odd + j) << 16);
+        std::memcpy(words + r / 2 * ld + j, &pairs, sizeof pairs);
+      }
+      for (; j < ld; ++j)
+        words[r / 2 * ld + j] = j < cols ? even[j].bits | static_cast<uint32_t>(odd[j].bits) << 16 : 0u;
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      convert_row(contiguous_row(matrix, row + r, col, cols, gathered[0]), dst + r * ld, cols);
+      for (int64_t j = cols; j < ld; ++j) dst[r * ld + j] = 0.0f;
+    }
+  }
+}
+
+}  // namespace FASTENC_ISA
+}  // namespace fastenc

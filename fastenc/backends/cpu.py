@@ -1,0 +1,139 @@
+"""The CPU backend: the C++ kernels of `csrc/cpu`, as the operators `fastenc_cpu::*` of the extension `fastenc._C`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..activation import ACTIVATIONS
+
+NAME = "cpu"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+_NEEDS_PREACT = {name for name, act in ACTIVATIONS.items() if act.saves_preact}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """Loads the extension; why that failed, in words, or None."""
+    try:
+        importlib.import_module("fastenc._C")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError):
+            return "the C++ extension fastenc._C is not built; reinstall fastenc where there is a C++ compiler"
+        return f"the C++ extension fastenc._C cannot be loaded ({error}); reinstall fastenc with this torch"
+    return None
+
+
+def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why these kernels cannot take x [M, K], weight [N, K] and bias [N] or None; None if they can."""
+    if reason := why_unavailable():
+        return reason
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN or x.layout != torch.strided:
+        return f"x and weight are {type(x).__name__} and {type(weight).__name__}, not plain dense tensors"
+    if not (x.is_cpu and weight.is_cpu):
+        return f"the kernels run on the CPU; x is on {x.device}, weight on {weight.device}"
+    dtype = x.dtype
+    if dtype not in DTYPES or weight.dtype != dtype:
+        return f"the kernels take fp32, bf16 or fp16; x is {dtype}, weight {weight.dtype}"
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        return f"shapes do not match: x {tuple(x.shape)}, weight {tuple(weight.shape)}"
+    if bias is not None and (
+        type(bias) not in _PLAIN or not bias.is_cpu or bias.dtype != dtype or bias.shape != weight.shape[:1]
+    ):
+        return f"bias is {bias.dtype} {tuple(bias.shape)} on {bias.device}; it must be {dtype} ({weight.shape[0]},)"
+    return None
+
+
+def why_slower(M: int, N: int, K: int, dtype: torch.dtype) -> str | None:
+    """Why eager PyTorch is faster for one dense layer of this shape; None if it is not."""
+    return None
+
+
+def dense_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
+) -> tuple[Tensor, Tensor]:
+    """See `fastenc::dense_forward`."""
+    return torch.ops.fastenc_cpu.dense_forward.default(x, weight, bias, CODES[activation], save)
+
+
+def dense_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: str, output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `fastenc::dense_backward`."""
+    return torch.ops.fastenc_cpu.dense_backward.default(
+        grad_out, x, weight, saved, CODES[activation], *map(int, output_mask)
+    )
+
+
+def encoder_forward(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str], save: bool
+) -> list[Tensor]:
+    """See `fastenc::encoder_forward`."""
+    return torch.ops.fastenc_cpu.encoder_forward.default(
+        x, weights, biases, [CODES[activation] for activation in activations], save
+    )
+
+
+def encoder_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    results: Sequence[Tensor],
+    activations: Sequence[str],
+    output_mask: Sequence[bool],
+) -> list[Tensor]:
+    """See `fastenc::encoder_backward`."""
+    return torch.ops.fastenc_cpu.encoder_backward.default(
+        grad_out, x, weights, results, [CODES[activation] for activation in activations], list(map(int, output_mask))
+    )
+
+
+def describe() -> str:
+    """What the kernels use in this process, for example "avx512, brgemm for float32 and bfloat16"."""
+    return _configuration[-1] if _configuration else configure("auto", True)
+
+
+_configuration: list[str] = []
+
+
+def configure(isa: str, brgemm: bool) -> str:
+    """Choose the instruction set ("auto", "generic", "avx2", "avx512") and whether libtorch's brgemm may be used.
+
+    Process-wide; not while kernels run. Returns what is now in use. Raises RuntimeError if this CPU lacks `isa`.
+    """
+    if reason := why_unavailable():
+        raise RuntimeError(f"the cpu backend is not available: {reason}")
+    _configuration[:] = [torch.ops.fastenc_cpu.configure.default(isa, brgemm)]
+    return _configuration[-1]
+
+
+@contextlib.contextmanager
+def configured(isa: str, brgemm: bool) -> Iterator[str]:
+    """`configure` for a while."""
+    try:
+        yield configure(isa, brgemm)
+    finally:
+        configure("auto", True)
+
+
+def peak_gflops(dtype: torch.dtype, threads: int) -> float:
+    """10^9 floating-point operations a second of brgemm on `threads` threads; 0 where there is none.
+
+    Measured now, on tiles of an encoder's size held in cache: the peak to compare the kernels with.
+    """
+    if why_unavailable() or dtype not in (torch.float32, torch.bfloat16):
+        return 0.0
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        return torch.ops.fastenc_cpu.brgemm_gflops.default(dtype == torch.bfloat16)
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,307 @@
+"""The operators `torch.ops.fastenc.*` and the choice of backend. The only user of `torch.library`.
+
+`M` rows, `K` in features, `N` out features; `x [M, K]`, `weight [N, K]`, `bias [N]`.
+
+- `dense_forward(x, weight, bias?, activation, save) -> (out, preact)`: `out = activation(x @ weight.T + bias)`;
+  `preact` is the value before the activation if the derivative needs it and `save`, else empty.
+- `dense_backward(grad_out, x, weight, saved, activation, output_mask) -> (grad_x, grad_weight, grad_bias)`: `saved`
+  is `preact` if there is one, else `out`; what the mask leaves out is an empty tensor.
+- `encoder_forward(x, weights, biases, activations, save) -> results`: the stack. With `save`, the outputs of all
+  layers, then the pre-activations of those that need them; without, the last output alone.
+- `encoder_backward(grad_out, x, weights, results, activations, output_mask) -> grads`: `output_mask` and `grads` are
+  x, then weight and bias of each layer.
+
+The everyday path in `functional.py` calls a backend's functions directly; these operators are what tracing
+(`torch.compile`, `torch.export`) and `torch.func` see. They choose their backend when they run.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from .activation import get_activation
+from .backends import BACKENDS, reference
+
+CHOICES = ("auto", *BACKENDS)
+
+_forced: ContextVar[str] = ContextVar("fastenc_backend", default="auto")
+_recorder: ContextVar[list[tuple[str, str, str]] | None] = ContextVar("fastenc_recorder", default=None)
+
+
+class use_backend:  # noqa: N801 - used as a function and in a with statement
+    """Run the fused layers on `name`: "auto" (each where it is fastest), "cpu" or "reference" (ATen).
+
+    `use_backend("reference")` holds from here on, in this thread; `with use_backend("reference"):` for the block.
+    A forced backend that cannot take some arguments is not used for them (`explain` says why).
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: the backend cannot run in this process; the message says why.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in CHOICES:
+            raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(CHOICES)}")
+        if name != "auto" and (reason := BACKENDS[name].why_unavailable()):
+            raise RuntimeError(f"backend {name!r} is not available: {reason}")
+        self._token = _forced.set(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _forced.reset(self._token)
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"fastenc runs on eager PyTorch: {reason}", RuntimeWarning, stacklevel=4)
+
+
+def select(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> ModuleType | None:
+    """The backend to run these layers on; None for plain eager PyTorch. x is [M, K]."""
+    forced = _forced.get()
+    if forced == "reference":
+        return _decide(x, weights, reference, "asked for")
+    reasons = []
+    for name in BACKENDS if forced == "auto" else (forced,):
+        backend = BACKENDS[name]
+        if backend is reference:
+            continue
+        reason = _why_not(backend, x, weights, biases, forced == "auto")
+        if reason is None:
+            return _decide(x, weights, backend, "asked for" if forced == name else "fastest for these arguments")
+        reasons.append(f"{name}: {reason}")
+    if forced == "auto" and x.is_cpu and (unavailable := BACKENDS["cpu"].why_unavailable()):
+        _warn_once(unavailable)
+    return _decide(x, weights, None, "; ".join(reasons))
+
+
+def _why_not(
+    backend: ModuleType, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], only_if_faster: bool
+) -> str | None:
+    if reason := backend.why_not(x, weights[0], biases[0]):
+        return reason
+    if len(weights) == 1:
+        return backend.why_slower(x.shape[0], *weights[0].shape, x.dtype) if only_if_faster else None
+    # The layers above take what the ones below give: a stand-in of the right width, dtype and device.
+    for below, weight, bias in zip(weights, weights[1:], biases[1:], strict=False):
+        if reason := backend.why_not(below.detach()[:, :0].new_empty(()).expand(1, below.shape[0]), weight, bias):
+            return reason
+    return None
+
+
+def _decide(x: Tensor, weights: Sequence[Tensor], backend: ModuleType | None, reason: str) -> ModuleType | None:
+    recorder = _recorder.get()
+    if recorder is not None:
+        widths = [x.shape[-1], *(weight.shape[0] for weight in weights)]
+        shape = f"{x.shape[0]} rows, {'-'.join(map(str, widths))}, {str(x.dtype).removeprefix('torch.')}"
+        recorder.append((shape, backend.NAME if backend else "eager PyTorch", reason))
+    return backend
+
+
+_library = Library("fastenc", "DEF")
+_library.define("dense_forward(Tensor x, Tensor weight, Tensor? bias, str activation, bool save) -> (Tensor, Tensor)")
+_library.define(
+    "dense_backward(Tensor grad_out, Tensor x, Tensor weight, Tensor saved, str activation, bool[3] output_mask) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "encoder_forward(Tensor x, Tensor[] weights, Tensor?[] biases, str[] activations, bool save) -> Tensor[]"
+)
+_library.define(
+    "encoder_backward(Tensor grad_out, Tensor x, Tensor[] weights, Tensor[] results, str[] activations, "
+    "bool[] output_mask) -> Tensor[]"
+)
+
+
+def _dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool):
+    backend = select(x, [weight], [bias]) or reference
+    return backend.dense_forward(x, weight, bias, activation, save)
+
+
+def _dense_backward(grad_out, x, weight, saved, activation, output_mask):
+    backend = select(x, [weight], [None]) or reference
+    return backend.dense_backward(grad_out, x, weight, saved, activation, output_mask)
+
+
+def _encoder_forward(x, weights, biases, activations, save):
+    backend = select(x, weights, biases) or reference
+    return backend.encoder_forward(x, weights, biases, activations, save)
+
+
+def _encoder_backward(grad_out, x, weights, results, activations, output_mask):
+    backend = select(x, weights, [None] * len(weights)) or reference
+    if backend is reference:
+        return _reference_encoder_backward(grad_out, x, weights, results, activations, output_mask)
+    return backend.encoder_backward(grad_out, x, weights, results, activations, output_mask)
+
+
+def _reference_encoder_backward(grad_out, x, weights, results, activations, output_mask):
+    grad_results: list[Tensor | None] = [None] * len(results)
+    grad_results[len(weights) - 1] = grad_out
+    grads = reference.encoder_backward(grad_results, x, weights, results, activations, output_mask)
+    return [grad if wanted and grad is not None else x.new_empty(0) for grad, wanted in zip(grads, output_mask)]
+
+
+def _dense_forward_fake(x, weight, bias, activation, save):
+    out = x.new_empty((x.shape[0], weight.shape[0]))
+    needs_preact = save and get_activation(activation).saves_preact
+    return out, torch.empty_like(out) if needs_preact else x.new_empty(0)
+
+
+def _dense_backward_fake(grad_out, x, weight, saved, activation, output_mask):
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return tuple(x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask, strict=True))
+
+
+def _encoder_forward_fake(x, weights, biases, activations, save):
+    outs = [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights]
+    preacts = [
+        torch.empty_like(out)
+        for out, activation in zip(outs, activations, strict=True)
+        if get_activation(activation).saves_preact
+    ]
+    return outs + preacts if save else outs[-1:]
+
+
+def _encoder_backward_fake(grad_out, x, weights, results, activations, output_mask):
+    shapes = [x.shape]
+    for weight in weights:
+        shapes += [weight.shape, weight.shape[:1]]
+    return [x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask, strict=True)]
+
+
+def _wanted(ctx, *positions: int) -> list[bool]:
+    return [bool(ctx.needs_input_grad[i]) for i in positions]
+
+
+def _dense_setup(ctx, inputs, output) -> None:
+    x, weight, bias, activation, save = inputs
+    out, preact = output
+    saves_preact = get_activation(activation).saves_preact
+    if saves_preact and not save:
+        preact = torch.nn.functional.linear(x, weight, bias)
+    ctx.set_materialize_grads(False)
+    ctx.activation = activation
+    ctx.mask = [bool(t is not None and t.requires_grad) for t in (x, weight, bias)]
+    ctx.save_for_backward(x, weight, preact if saves_preact else out)
+
+
+def _dense_forward_backward(ctx, grad_out, grad_preact):
+    x, weight, saved = ctx.saved_tensors
+    mask = [bool(wanted) for wanted in ctx.needs_input_grad[:3]]
+    if grad_preact is None:
+        if grad_out is None:
+            return None, None, None, None, None
+        grads = torch.ops.fastenc.dense_backward(grad_out, x, weight, saved, ctx.activation, mask)
+    else:
+        if grad_out is not None:
+            grad_preact = grad_preact + get_activation(ctx.activation).backward(grad_out, saved)
+        grads = reference.linear_backward(grad_preact, x, weight, mask)
+    return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None, None
+
+
+def _dense_backward_setup(ctx, inputs, output) -> None:
+    grad_out, x, weight, saved, activation, output_mask = inputs
+    ctx.set_materialize_grads(False)
+    ctx.activation = activation
+    ctx.save_for_backward(grad_out, x, weight, saved)
+
+
+def _dense_backward_backward(ctx, gg_x, gg_weight, gg_bias):
+    """With dZ = grad_out * act'(saved): grad_x = dZ @ W, grad_weight = dZ.T @ x, grad_bias = sum(dZ)."""
+    grad_out, x, weight, saved = ctx.saved_tensors
+    grad_preact, pull_back = torch.func.vjp(get_activation(ctx.activation).backward, grad_out, saved)
+    gg_preact = torch.zeros_like(grad_preact)
+    d_x = d_weight = None
+    if gg_x is not None:
+        gg_preact = gg_preact + gg_x @ weight.mT
+        d_weight = grad_preact.mT @ gg_x
+    if gg_weight is not None:
+        gg_preact = gg_preact + x @ gg_weight.mT
+        d_x = grad_preact @ gg_weight
+    if gg_bias is not None:
+        gg_preact = gg_preact + gg_bias
+    d_grad_out, d_saved = pull_back(gg_preact)
+    return d_grad_out, d_x, d_weight, d_saved, None, None
+
+
+def _encoder_setup(ctx, inputs, output) -> None:
+    x, weights, _biases, activations, save = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save = save
+    ctx.activations = activations
+    ctx.depth = len(weights)
+    ctx.count = len(output)
+    ctx.save_for_backward(x, *weights, *output)
+
+
+def _encoder_forward_backward(ctx, grad_results):
+    if not ctx.save:
+        raise RuntimeError("fastenc::encoder_forward was called with save=False; its gradient needs save=True")
+    x, *rest = ctx.saved_tensors
+    weights, results = rest[: ctx.depth], rest[ctx.depth :]
+    needs_x, needs_weights, needs_biases = ctx.needs_input_grad[:3]
+    mask = [bool(needs_x)]
+    for needs_weight, needs_bias in zip(needs_weights, needs_biases, strict=True):
+        mask += [bool(needs_weight), bool(needs_bias)]
+    only_last = all(grad is None for i, grad in enumerate(grad_results) if i != ctx.depth - 1)
+    if only_last and grad_results[ctx.depth - 1] is not None:
+        grads = torch.ops.fastenc.encoder_backward(
+            grad_results[ctx.depth - 1], x, weights, results, ctx.activations, mask
+        )
+    else:
+        grads = reference.encoder_backward(grad_results, x, weights, results, ctx.activations, mask)
+    grads = [grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)]
+    return grads[0], grads[1::2], grads[2::2], None, None
+
+
+def _vmap_by(function: Callable) -> Callable:
+    """A vmap rule by the batching rules of the ATen operators in `function`."""
+
+    def rule(info, in_dims, *args):
+        outputs = torch.vmap(function, in_dims=in_dims, out_dims=0, randomness=info.randomness)(*args)
+        return outputs, torch.utils._pytree.tree_map(lambda _: 0, outputs)
+
+    return rule
+
+
+def _dense_forward_vmap(info, in_dims, x, weight, bias, activation, save):
+    if in_dims[1] is not None or in_dims[2] is not None:
+        return _vmap_by(reference.dense_forward)(info, in_dims, x, weight, bias, activation, save)
+    # Only x is batched: more rows of one product.
+    x = x.movedim(in_dims[0], 0)
+    out, preact = torch.ops.fastenc.dense_forward(x.reshape(-1, x.shape[-1]), weight, bias, activation, save)
+    rows = x.shape[:2]
+    if preact.numel() != out.numel():
+        return (out.unflatten(0, rows), preact.expand(rows[0], 0)), (0, 0)
+    return (out.unflatten(0, rows), preact.unflatten(0, rows)), (0, 0)
+
+
+for _name, _run, _fake, _vmap in (
+    ("dense_forward", _dense_forward, _dense_forward_fake, _dense_forward_vmap),
+    ("dense_backward", _dense_backward, _dense_backward_fake, _vmap_by(reference.dense_backward)),
+    ("encoder_forward", _encoder_forward, _encoder_forward_fake, _vmap_by(reference.encoder_forward)),
+    ("encoder_backward", _encoder_backward, _encoder_backward_fake, _vmap_by(_reference_encoder_backward)),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastenc::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"fastenc::{_name}", _vmap, lib=_library)
+torch.library.register_autograd(
+    "fastenc::dense_forward", _dense_forward_backward, setup_context=_dense_setup, lib=_library
+)
+torch.library.register_autograd(
+    "fastenc::dense_backward", _dense_backward_backward, setup_context=_dense_backward_setup, lib=_library
+)
+torch.library.register_autograd(
+    "fastenc::encoder_forward", _encoder_forward_backward, setup_context=_encoder_setup, lib=_library
+)
