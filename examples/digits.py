@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=300, help="passes over the training rows (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each in the speed comparison (%(default)s)")
     parser.add_argument(
-        "--threads", type=int, default=1, help="of PyTorch; layers so small gain from one (%(default)s)"
+        "--threads", type=int, default=1, help="of PyTorch; more do not help so small a model (%(default)s)"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -46,7 +46,7 @@ def main() -> None:
     began = time.perf_counter()
 
     digits = load("digits")
-    # The range of a pixel is known, so the scale is fitted on a blank and a black image: every pixel becomes pixel / 16.
+    # The range of a pixel is known, so the scale is fitted on a blank and a black image: it is pixel / 16 for all.
     scale = Preprocessor(scale="minmax").fit(np.array([[0.0] * 64, [INK] * 64]))
     x = scale.transform(digits.features).x
     rest, test = split_rows(len(x), TEST_SHARE, SEED)

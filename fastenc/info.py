@@ -8,6 +8,7 @@ import platform
 import torch
 
 from . import __version__
+from .backends import BACKENDS
 
 
 def triton_version() -> str:
@@ -34,8 +35,6 @@ def first_line(error: BaseException) -> str:
 
 def describe() -> str:
     """A report for people, one fact a line; made to be pasted into a bug report."""
-    from .backends import BACKENDS
-
     built_with = f"built with CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     facts = [
         ("fastenc", __version__),

@@ -79,7 +79,7 @@ def draw_losses(axes: Any, history: Mapping[str, list[float]], reference: tuple[
 
 
 def draw_images(axes: Any, rows: Mapping[str, np.ndarray], title: str) -> None:
-    """A grid of grey images in 0 to 1, dark on light; each row of it has a name and an array [images, height, width]."""
+    """A grid of grey images, 1 is black; each row of it has a name and an array [images, height, width] in 0 to 1."""
     bands = []
     for images in rows.values():
         framed = np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=np.nan)  # NaN is drawn as the background

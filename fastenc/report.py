@@ -46,7 +46,8 @@ def row_errors(x: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
 def fit_pca(x: np.ndarray, size: int) -> Any:
     """scikit-learn's PCA of `x` `[rows, features]` with `size` components, or fewer if the data has not as many."""
     PCA = require("sklearn.decomposition", "evaluation").PCA
-    return PCA(n_components=min(size, *x.shape), svd_solver="full").fit(x)
+    with np.errstate(invalid="ignore", divide="ignore"):  # of a share of the variance, where all rows are the same
+        return PCA(n_components=min(size, *x.shape), random_state=0).fit(x)
 
 
 def nearest_neighbour() -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -35,16 +35,18 @@ def check_folder_of(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path` that takes its place at the end, or goes if there was an error."""
-    handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary path in the folder of `path` that takes its place at the end, or goes if there was an error.
+
+    Raises:
+        OSError: the disk is full or not writable; it names `path`, which is then as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are for their owner only
         os.replace(temporary, path)
+    except OSError as error:
+        what = f"{error.strerror}; the file there is as it was: free some space or choose another folder"
+        raise OSError(error.errno, what, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

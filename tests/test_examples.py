@@ -1,0 +1,93 @@
+"""Each example as a program of its own, at a smaller size: what it writes, and whether its figures make sense."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from typer.testing import CliRunner
+
+from fastenc import cli
+from fastenc.pretrained import load_pretrained
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name, *args):
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def losses(output):
+    return [float(number) for number in re.search(r"loss: (\S+) after the first epoch, (\S+) after", output).groups()]
+
+
+def test_every_example_is_tested_here():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"digits.py", "article_encoder.py", "article_linear.py"}
+
+
+def test_article_encoder():
+    output = run("article_encoder.py", "--epochs", "10").stdout
+    first, last = losses(output)
+    # The rows are uniform in 0 to 1: their variance, 1/12, is what is left if only the mean is learned.
+    assert last < first
+    assert last < 1.1 / 12
+    assert "encoded vectors: (1000, 16)" in output
+
+
+def test_article_linear():
+    output = run("article_linear.py", "--epochs", "40").stdout
+    first, last = losses(output)
+    # Each target has variance 1 from x and 0.01 from noise; a linear layer can learn all but the noise.
+    assert first > 0.5
+    assert last < 0.1
+    assert "predicted encoded data shape: (1000, 10)" in output
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits") / "out"
+    return out, run("digits.py", "--out", out, "--epochs", "40", "--rounds", "1")
+
+
+def test_digits_figures(digits):
+    out, result = digits
+    assert "epoch" in result.stderr  # the progress bar
+    figures = json.loads((out / "results.json").read_text())
+    errors = figures["reconstruction"]
+    assert errors["PCA, 16 components"] < errors["mean of the fitted rows"]
+    assert errors["fastenc"] < errors["mean of the fitted rows"] / 3
+    for accuracy in figures["accuracy"].values():
+        assert accuracy["code, 16 numbers"] > 0.8  # a guess is right once in ten
+        assert accuracy["all 64 features"] > 0.9
+    assert all(speed > 0 for speed in figures["steps_per_second"].values())
+    assert (figures["fitted_rows"], figures["scored_rows"]) == (1222, 359)
+    for words in ("Best epoch", "Reconstruction", "Accuracy from", "steps per second", "PyTorch, Adam(fused=True)"):
+        assert words in result.stdout
+
+
+def test_digits_files(digits):
+    out, _ = digits
+    assert np.load(out / "vectors.npy").shape == (1797, 16)
+    assert load_pretrained(out / "model").encoder.widths == (128, 64, 32, 16)
+    for name in ("losses", "reconstructions", "map", "overview"):
+        picture = imread(out / f"{name}.png")
+        assert picture.shape[1] >= 1000
+        assert picture[..., :3].std() > 0.05  # not blank
+
+
+def test_the_command_line_goes_on_from_the_demo(digits, tmp_path):
+    out, _ = digits
+    result = CliRunner().invoke(cli.app, ["encode", str(out / "model"), "digits", "-o", str(tmp_path / "v.npy")])
+    assert result.exit_code == 0, result.output
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), np.load(out / "vectors.npy"), atol=1e-5)
+    result = CliRunner().invoke(cli.app, ["evaluate", str(out / "model"), "digits"])
+    assert "Scored on the 359 rows that were held out" in result.output
