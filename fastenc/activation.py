@@ -30,6 +30,13 @@ class Activation:
     saves_preact: bool = False
 
 
+def _silu_backward(grad: Tensor, preact: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return aten.silu_backward(grad, preact)
+    sigmoid = torch.sigmoid(preact)  # aten.silu_backward has no derivative
+    return grad * sigmoid * (1 + preact * (1 - sigmoid))
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(lambda z: z, lambda grad, out: grad),
     "relu": Activation(F.relu, lambda grad, out: aten.threshold_backward(grad, out, 0)),
@@ -45,7 +52,7 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda grad, preact: aten.gelu_backward(grad, preact, approximate="tanh"),
         saves_preact=True,
     ),
-    "silu": Activation(F.silu, lambda grad, preact: aten.silu_backward(grad, preact), saves_preact=True),
+    "silu": Activation(F.silu, _silu_backward, saves_preact=True),
 }
 
 

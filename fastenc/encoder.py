@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as hooks
 
 from .functional import encoder as encoder_stack
 from .modules import FusedDense
@@ -71,17 +72,63 @@ class Encoder(Pretrained, nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        return run_stack(self, x)
+        layers = list(self.layers)
+        if self.training and self.dropout > 0:
+            for layer in layers[:-1]:
+                x = F.dropout(layer(x), self.dropout)
+            return layers[-1](x)
+        return _run(layers, x)
 
 
-def run_stack(stack: Encoder, x: Tensor) -> Tensor:
-    layers = list(stack.layers)
-    if stack.training and stack.dropout > 0:
-        for layer in layers[:-1]:
-            x = F.dropout(layer(x), stack.dropout)
-        return layers[-1](x)
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module does nothing but its class's forward: no subclass, parametrization or hook."""
+    state = module.__dict__
+    return type(module) is kind and not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
+
+
+def _fusible(stack: nn.Module) -> list[FusedDense] | None:
+    """The layers of an Encoder (or the one layer of a head) that may run as part of a longer stack; else None."""
+    if _is_plain(stack, FusedDense):
+        return [stack]  # type: ignore[list-item]
+    if not _is_plain(stack, Encoder) or (stack.training and stack.dropout > 0):
+        return None
+    return list(stack.layers)  # type: ignore[arg-type]
+
+
+def _run(layers: list[nn.Module], x: Tensor) -> Tensor:
+    """The layers one after the other: in one kernel where nothing asks for more than their forward."""
+    if _has_global_hooks() or not all(_is_plain(layer, FusedDense) for layer in layers):
+        for layer in layers:
+            x = layer(x)
+        return x
+    parameters = [layer._parameters for layer in layers]
     return encoder_stack(
-        x, [m.weight for m in layers], [m.bias for m in layers], [m.activation for m in layers]
+        x,
+        [own["weight"] for own in parameters],
+        [own["bias"] for own in parameters],
+        [layer.activation for layer in layers],
+    )
+
+
+def _run_both(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    """`second(first(x))`, in one kernel if both are plain stacks."""
+    below, above = _fusible(first), _fusible(second)
+    if below is None or above is None or _has_global_hooks():
+        return second(first(x))
+    return _run(below + above, x)
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
     )
 
 
@@ -122,7 +169,7 @@ class AutoEncoder(Pretrained, nn.Module):
         return self.decoder(code)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.encoder(x))
+        return _run_both(self.encoder, self.decoder, x)
 
 
 class _Head(Pretrained, nn.Module):
@@ -140,7 +187,7 @@ class _Head(Pretrained, nn.Module):
         return self.encoder(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(x))
+        return _run_both(self.encoder, self.head, x)
 
 
 class Classifier(_Head):

@@ -1,7 +1,8 @@
 """fused_dense() and encoder(): the layers as functions, with their gradients.
 
 The everyday path is an old-style `autograd.Function` (10 us a call; one with `setup_context` takes 40) that calls a
-backend directly. Under tracing and `torch.func` the same layers go through `torch.ops.fastenc`.
+backend directly. Under tracing and vmap the same layers go through `torch.ops.fastenc`; the other transforms of
+`torch.func` and forward-mode differentiation see plain ATen.
 """
 
 from __future__ import annotations
@@ -117,7 +118,8 @@ def fused_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, activatio
         RuntimeError: as `torch.nn.functional.linear`, where shapes, dtypes or devices do not match.
     """
     act = get_activation(activation)
-    if _is_traced() and _fits(x, weight, bias):
+    traced = _traced_by()
+    if traced == "operators" and _fits(x, weight, bias):
         x, weight, bias = _autocast(x, weight, bias)
         out, _ = torch.ops.fastenc.dense_forward(
             x.reshape(-1, weight.shape[1]), weight, bias, activation, torch.is_grad_enabled()
@@ -126,7 +128,7 @@ def fused_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, activatio
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = _autocast(x, weight, bias)
     rows = x if x.dim() == 2 else _rows(x)
-    backend = None if forward_ad._current_level >= 0 else ops.select(rows, (weight,), (bias,))
+    backend = None if traced else ops.select(rows, (weight,), (bias,))
     if backend is None:
         return act.forward(F.linear(x, weight, bias))
     if torch.is_grad_enabled() and (
@@ -161,11 +163,10 @@ def encoder(
             f"a stack needs as many weights as biases and activations, at least one; "
             f"got {len(weights)}, {len(biases)} and {len(activations)}"
         )
-    if len(weights) == 1 or x.dim() == 0 or forward_ad._current_level >= 0:
+    traced = _traced_by()
+    if len(weights) == 1 or x.dim() == 0 or (traced and not (torch.compiler.is_compiling() and _all_fit(x, weights, biases))):
         return _layer_by_layer(x, weights, biases, activations)
-    if _is_traced():
-        if not torch.compiler.is_compiling() or not _all_fit(x, weights, biases):
-            return _layer_by_layer(x, weights, biases, activations)
+    if traced:
         x, *parameters = _autocast(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
         save = torch.is_grad_enabled()
@@ -211,9 +212,16 @@ def _layer_by_layer(x, weights, biases, activations) -> Tensor:
     return x
 
 
-def _is_traced() -> bool:
-    """Whether torch.compile, torch.export or a torch.func transform looks on."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def _traced_by() -> str | None:
+    """How to be seen by what looks on: as "operators" of ours, as "aten", or None if nobody does."""
+    if torch.compiler.is_compiling():
+        return "operators"
+    if torch._C._are_functorch_transforms_active():
+        functorch = torch._C._functorch
+        layers = functorch.get_interpreter_stack() or ()
+        only_vmap = all(functorch.CInterpreter.key(layer) == functorch.TransformType.Vmap for layer in layers)
+        return "operators" if only_vmap else "aten"
+    return "aten" if forward_ad._current_level >= 0 else None
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -224,7 +232,6 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.shape[-1] == weight.shape[1]
         and (bias is None or bias.shape == weight.shape[:1])
         and x.is_floating_point()
-        and not _is_forward_mode()
     )
 
 
@@ -232,17 +239,6 @@ def _all_fit(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     return _fits(x, weights[0], biases[0]) and all(
         weight.dim() == 2 and weight.shape[1] == below.shape[0] and (bias is None or bias.shape == weight.shape[:1])
         for below, weight, bias in zip(weights, weights[1:], biases[1:], strict=False)
-    )
-
-
-def _is_forward_mode() -> bool:
-    """Whether one of the torch.func transforms around is forward-mode, which the operators leave to ATen."""
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    return any(
-        functorch.CInterpreter.key(layer) == functorch.TransformType.Jvp
-        for layer in functorch.get_interpreter_stack() or ()
     )
 
 

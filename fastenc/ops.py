@@ -12,14 +12,15 @@
   x, then weight and bias of each layer.
 
 The everyday path in `functional.py` calls a backend's functions directly; these operators are what tracing
-(`torch.compile`, `torch.export`) and `torch.func` see. They choose their backend when they run.
+(`torch.compile`, `torch.export`) and vmap see. They choose their backend when they run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from types import ModuleType
 
@@ -59,6 +60,17 @@ class use_backend:  # noqa: N801 - used as a function and in a with statement
 
     def __exit__(self, *exc: object) -> None:
         _forced.reset(self._token)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[tuple[str, str, str]]]:
+    """Collect the choices made meanwhile in this thread: shapes, backend, reason."""
+    records: list[tuple[str, str, str]] = []
+    token = _recorder.set(records)
+    try:
+        yield records
+    finally:
+        _recorder.reset(token)
 
 
 @functools.cache
@@ -180,8 +192,12 @@ def _encoder_backward_fake(grad_out, x, weights, results, activations, output_ma
     return [x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask, strict=True)]
 
 
-def _wanted(ctx, *positions: int) -> list[bool]:
-    return [bool(ctx.needs_input_grad[i]) for i in positions]
+def _again() -> bool:
+    """Whether the backward pass that runs now is to be differentiated again: then by the formulas of `reference`.
+
+    torch.compile cannot differentiate twice, and traces with gradients on.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _dense_setup(ctx, inputs, output) -> None:
@@ -192,47 +208,24 @@ def _dense_setup(ctx, inputs, output) -> None:
         preact = torch.nn.functional.linear(x, weight, bias)
     ctx.set_materialize_grads(False)
     ctx.activation = activation
-    ctx.mask = [bool(t is not None and t.requires_grad) for t in (x, weight, bias)]
     ctx.save_for_backward(x, weight, preact if saves_preact else out)
 
 
 def _dense_forward_backward(ctx, grad_out, grad_preact):
     x, weight, saved = ctx.saved_tensors
     mask = [bool(wanted) for wanted in ctx.needs_input_grad[:3]]
-    if grad_preact is None:
-        if grad_out is None:
-            return None, None, None, None, None
+    if not get_activation(ctx.activation).saves_preact:
+        grad_preact = None  # of an empty tensor
+    if grad_out is None and grad_preact is None:
+        return None, None, None, None, None
+    if grad_preact is None and not _again():
         grads = torch.ops.fastenc.dense_backward(grad_out, x, weight, saved, ctx.activation, mask)
     else:
         if grad_out is not None:
-            grad_preact = grad_preact + get_activation(ctx.activation).backward(grad_out, saved)
+            from_out = get_activation(ctx.activation).backward(grad_out, saved)
+            grad_preact = from_out if grad_preact is None else grad_preact + from_out
         grads = reference.linear_backward(grad_preact, x, weight, mask)
     return *(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None, None
-
-
-def _dense_backward_setup(ctx, inputs, output) -> None:
-    grad_out, x, weight, saved, activation, output_mask = inputs
-    ctx.set_materialize_grads(False)
-    ctx.activation = activation
-    ctx.save_for_backward(grad_out, x, weight, saved)
-
-
-def _dense_backward_backward(ctx, gg_x, gg_weight, gg_bias):
-    """With dZ = grad_out * act'(saved): grad_x = dZ @ W, grad_weight = dZ.T @ x, grad_bias = sum(dZ)."""
-    grad_out, x, weight, saved = ctx.saved_tensors
-    grad_preact, pull_back = torch.func.vjp(get_activation(ctx.activation).backward, grad_out, saved)
-    gg_preact = torch.zeros_like(grad_preact)
-    d_x = d_weight = None
-    if gg_x is not None:
-        gg_preact = gg_preact + gg_x @ weight.mT
-        d_weight = grad_preact.mT @ gg_x
-    if gg_weight is not None:
-        gg_preact = gg_preact + x @ gg_weight.mT
-        d_x = grad_preact @ gg_weight
-    if gg_bias is not None:
-        gg_preact = gg_preact + gg_bias
-    d_grad_out, d_saved = pull_back(gg_preact)
-    return d_grad_out, d_x, d_weight, d_saved, None, None
 
 
 def _encoder_setup(ctx, inputs, output) -> None:
@@ -255,7 +248,7 @@ def _encoder_forward_backward(ctx, grad_results):
     for needs_weight, needs_bias in zip(needs_weights, needs_biases, strict=True):
         mask += [bool(needs_weight), bool(needs_bias)]
     only_last = all(grad is None for i, grad in enumerate(grad_results) if i != ctx.depth - 1)
-    if only_last and grad_results[ctx.depth - 1] is not None:
+    if only_last and grad_results[ctx.depth - 1] is not None and not _again():
         grads = torch.ops.fastenc.encoder_backward(
             grad_results[ctx.depth - 1], x, weights, results, ctx.activations, mask
         )
@@ -265,43 +258,36 @@ def _encoder_forward_backward(ctx, grad_results):
     return grads[0], grads[1::2], grads[2::2], None, None
 
 
-def _vmap_by(function: Callable) -> Callable:
-    """A vmap rule by the batching rules of the ATen operators in `function`."""
-
-    def rule(info, in_dims, *args):
-        outputs = torch.vmap(function, in_dims=in_dims, out_dims=0, randomness=info.randomness)(*args)
-        return outputs, torch.utils._pytree.tree_map(lambda _: 0, outputs)
-
-    return rule
-
-
 def _dense_forward_vmap(info, in_dims, x, weight, bias, activation, save):
-    if in_dims[1] is not None or in_dims[2] is not None:
-        return _vmap_by(reference.dense_forward)(info, in_dims, x, weight, bias, activation, save)
-    # Only x is batched: more rows of one product.
-    x = x.movedim(in_dims[0], 0)
-    out, preact = torch.ops.fastenc.dense_forward(x.reshape(-1, x.shape[-1]), weight, bias, activation, save)
-    rows = x.shape[:2]
-    if preact.numel() != out.numel():
-        return (out.unflatten(0, rows), preact.expand(rows[0], 0)), (0, 0)
-    return (out.unflatten(0, rows), preact.unflatten(0, rows)), (0, 0)
+    dims = in_dims[:3]
+    if dims[1] is None and dims[2] is None:
+        # Only x is batched: more rows of one product.
+        x = x.movedim(dims[0], 0)
+        rows = x.shape[:2]
+        out, preact = torch.ops.fastenc.dense_forward(x.reshape(-1, x.shape[-1]), weight, bias, activation, save)
+        out = out.unflatten(0, rows)
+        preact = preact.unflatten(0, rows) if preact.dim() > 1 else preact
+    else:
+        x, weight, bias = (
+            t if t is None else t.movedim(dim, 0) if dim is not None else t.expand(info.batch_size, *t.shape)
+            for t, dim in zip((x, weight, bias), dims, strict=True)
+        )
+        out, preact = reference.dense_forward(x, weight, bias, activation, save)
+    return (out, preact), (0, 0 if preact.dim() > 1 else None)
 
 
-for _name, _run, _fake, _vmap in (
-    ("dense_forward", _dense_forward, _dense_forward_fake, _dense_forward_vmap),
-    ("dense_backward", _dense_backward, _dense_backward_fake, _vmap_by(reference.dense_backward)),
-    ("encoder_forward", _encoder_forward, _encoder_forward_fake, _vmap_by(reference.encoder_forward)),
-    ("encoder_backward", _encoder_backward, _encoder_backward_fake, _vmap_by(_reference_encoder_backward)),
+for _name, _run, _fake in (
+    ("dense_forward", _dense_forward, _dense_forward_fake),
+    ("dense_backward", _dense_backward, _dense_backward_fake),
+    ("encoder_forward", _encoder_forward, _encoder_forward_fake),
+    ("encoder_backward", _encoder_backward, _encoder_backward_fake),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastenc::{_name}", _fake, lib=_library)
-    torch.library.register_vmap(f"fastenc::{_name}", _vmap, lib=_library)
 torch.library.register_autograd(
     "fastenc::dense_forward", _dense_forward_backward, setup_context=_dense_setup, lib=_library
 )
 torch.library.register_autograd(
-    "fastenc::dense_backward", _dense_backward_backward, setup_context=_dense_backward_setup, lib=_library
-)
-torch.library.register_autograd(
     "fastenc::encoder_forward", _encoder_forward_backward, setup_context=_encoder_setup, lib=_library
 )
+torch.library.register_vmap("fastenc::dense_forward", _dense_forward_vmap, lib=_library)

@@ -1,12 +1,14 @@
 """The reference backend: ATen, on any device and in any dtype. The fallback, and the oracle of the tests.
 
-Every function is differentiable, so that double backward and transforms can go through the formulas here.
+Every function is differentiable, and takes a batch of problems in leading dimensions (of all tensors alike), so that
+double backward and vmap can go through the formulas here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +30,10 @@ def dense_forward(
 ) -> tuple[Tensor, Tensor]:
     """See `fastenc::dense_forward`."""
     act = get_activation(activation)
-    preact = F.linear(x, weight, bias)
+    if weight.dim() == 2:
+        preact = F.linear(x, weight, bias)
+    else:
+        preact = x @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(-2), x, weight.mT)
     return act.forward(preact), preact if act.saves_preact and save else x.new_empty(0)
 
 
@@ -53,7 +58,7 @@ def linear_backward(
     return (
         grad_preact @ weight.conj() if want_x else grad_preact.new_empty(0),
         grad_preact.mT @ x.conj() if want_weight else grad_preact.new_empty(0),
-        grad_preact.sum(0) if want_bias else grad_preact.new_empty(0),
+        grad_preact.sum(-2) if want_bias else grad_preact.new_empty(0),
     )
 
 
