@@ -88,12 +88,15 @@ def class_numbers(target: np.ndarray) -> tuple[np.ndarray, str | None]:
     return numbers, None
 
 
+def thinned(rows: np.ndarray) -> np.ndarray:
+    """At most MAX_PROBE_ROWS of `rows`, evenly spaced, so that data sorted by class keeps all its classes."""
+    return rows[:: max(1, -(-len(rows) // MAX_PROBE_ROWS))]
+
+
 def probe_accuracy(
     fit_inputs: np.ndarray, fit_labels: np.ndarray, inputs: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
     """Accuracy on `inputs`, `labels` of each classifier of `PROBES` fitted on the first two; labels are integers."""
-    fit_inputs, fit_labels = fit_inputs[:MAX_PROBE_ROWS], fit_labels[:MAX_PROBE_ROWS]
-    inputs, labels = inputs[:MAX_PROBE_ROWS], labels[:MAX_PROBE_ROWS]
     return {name: float(probe().fit(fit_inputs, fit_labels).score(inputs, labels)) for name, probe in PROBES.items()}
 
 
@@ -130,7 +133,7 @@ def evaluate_codes(
     accuracy: dict[str, dict[str, float]] = {}
     if target is not None:
         numbers, why_not = class_numbers(target)
-        fit, score = (rows[numbers[rows] >= 0] for rows in (fit_rows, score_rows))
+        fit, score = (thinned(rows[numbers[rows] >= 0]) for rows in (fit_rows, score_rows))
         if why_not is None and (len(np.unique(numbers[fit])) < 2 or len(score) == 0):
             why_not = "too few labelled rows are left to fit and to score on"
         if why_not is not None:
