@@ -55,7 +55,7 @@ def main() -> None:
     model = article_autoencoder(x.shape[1])
     parts = f"{len(keep)} to train on, {len(validation)} to validate, {len(test)} held out"
     print(f"{len(x)} digits of {x.shape[1]} pixels: {parts}")
-    print(explain(model, torch.from_numpy(x[:BATCH_SIZE])))
+    print(f"Backend for {explain(model, torch.from_numpy(x[:BATCH_SIZE]))}")
     trainer = Trainer(model, "adam", LEARNING_RATE, "mse", seed=SEED)
     history = trainer.fit(
         x[keep],
@@ -183,7 +183,7 @@ def draw(
         "PCA": by_pca[shown],
     }
     images = {name: pixels.reshape(-1, 8, 8).clip(0, 1) for name, pixels in images.items()}
-    points = TSNE(init="pca", random_state=SEED).fit_transform(codes)
+    points = TSNE(init="pca", max_iter=500, random_state=SEED).fit_transform(codes)
 
     def losses(axes: object) -> None:
         plots.draw_losses(axes, history, ("PCA, 16 components, validation", pca_validation))

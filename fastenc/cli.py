@@ -19,6 +19,7 @@ from .activation import ACTIVATIONS
 from .data import DataError, Prepared, Preprocessor, load
 from .data.preprocessing import MISSING, SCALES
 from .encoder import AutoEncoder, Encoder
+from .explain import explain
 from .info import describe
 from .pipeline import (
     SavedModel,
@@ -183,6 +184,7 @@ def train(
     torch.manual_seed(seed)
     encoder = Encoder(x.shape[1], parse_widths(widths), activation, dropout=dropout, dtype=DTYPES[dtype])
     model = AutoEncoder(encoder)
+    typer.echo(f"backend for {explain(model, torch.from_numpy(x[:batch_size]).to(DTYPES[dtype]))}")
     began = time.perf_counter()
     history = Trainer(model, optimizer, lr, loss, seed=seed).fit(
         x,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+from types import ModuleType
 
 import torch
 
@@ -29,6 +30,13 @@ def gpus() -> list[str]:
     return [f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}" for p in properties]
 
 
+def usability(backend: ModuleType) -> str:
+    """Whether a backend can run in this process, with what, or why not."""
+    if reason := backend.why_unavailable():
+        return f"not usable: {reason}"
+    return f"usable: {backend.describe()}" if hasattr(backend, "describe") else "usable"
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -45,7 +53,6 @@ def describe() -> str:
     ]
     facts += [(f"GPU {index}", line) for index, line in enumerate(gpus())] or [("GPU", "none that PyTorch can use")]
     for name, backend in BACKENDS.items():
-        reason = backend.why_unavailable()
-        facts.append((f"backend {name}", "usable" if reason is None else f"not usable: {reason}"))
+        facts.append((f"backend {name}", usability(backend)))
     width = max(len(name) for name, _ in facts)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts)

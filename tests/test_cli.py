@@ -80,6 +80,7 @@ def test_train_reports_and_saves(digits_model):
     folder, output = digits_model
     assert "1617 rows to train on, 180 to validate on, 64 features" in output
     assert "3 epochs in" in output
+    assert "backend for 64 rows, 64-32-8-32-64" in output
     model = load_pretrained(folder)
     assert isinstance(model, fastenc.AutoEncoder)
     assert model.encoder.widths == (32, 8)

@@ -70,7 +70,14 @@ def test_digits_figures(digits):
         assert accuracy["all 64 features"] > 0.9
     assert all(speed > 0 for speed in figures["steps_per_second"].values())
     assert (figures["fitted_rows"], figures["scored_rows"]) == (1222, 359)
-    for words in ("Best epoch", "Reconstruction", "Accuracy from", "steps per second", "PyTorch, Adam(fused=True)"):
+    for words in (
+        "Backend for",
+        "Best epoch",
+        "Reconstruction",
+        "Accuracy from",
+        "steps per second",
+        "PyTorch, Adam(fused=True)",
+    ):
         assert words in result.stdout
 
 
