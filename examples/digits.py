@@ -201,7 +201,7 @@ def draw(
         map_(figure.add_subplot(grid_spec[:, 1]))
 
     plots.save_plot(losses, out / "losses.png")
-    plots.save_plot(grid, out / "reconstructions.png", (9, 3.2))
+    plots.save_plot(grid, out / "reconstructions.png", (9, 2.9))
     plots.save_plot(map_, out / "map.png", (8, 8))
     plots.save_figure(overview, out / "overview.png", (14, 7))
 
