@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import sys
 
@@ -59,7 +60,6 @@ def extension() -> dict:
         "-fno-trapping-math",
         "-ffp-contract=fast",
         "-Wno-psabi",
-        "-DTORCH_TARGET_VERSION=0x020d000000000000",  # the stable ABI of torch 2.13
     ]
 
     class BuildExtension(cpp_extension.BuildExtension):
@@ -76,15 +76,22 @@ def extension() -> dict:
             else:
                 say(f"built the CPU kernels with {compiler} on torch {torch.__version__}'s stable ABI")
 
+    common = {"depends": sorted(glob.glob("csrc/**/*.h", recursive=True)), "py_limited_api": True}
     return {
         "ext_modules": [
             cpp_extension.CppExtension(
                 "fastenc._C",
                 sorted(["csrc/ops.cpp", *glob.glob("csrc/cpu/*.cpp")]),
-                depends=sorted(glob.glob("csrc/**/*.h", recursive=True)),
+                extra_compile_args={"cxx": [*flags, "-DTORCH_TARGET_VERSION=0x020d000000000000"]},  # torch 2.13's ABI
+                **common,
+            ),
+            # For this torch alone; any other leaves it aside. fastenc/backends/cpu.py looks for this name.
+            cpp_extension.CppExtension(
+                "fastenc._eager_" + re.sub(r"\W", "_", torch.__version__),
+                ["csrc/eager.cpp"],
                 extra_compile_args={"cxx": flags},
-                py_limited_api=True,
-            )
+                **common,
+            ),
         ],
         "cmdclass": {"build_ext": BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -62,3 +62,15 @@ def get_activation(name: str) -> Activation:
         return ACTIVATIONS[name]
     except (KeyError, TypeError):
         raise ValueError(f"unknown activation {name!r}; choose one of {', '.join(ACTIVATIONS)}") from None
+
+
+_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+
+
+def activation_code(name: str) -> int:
+    """The number of the activation in `csrc/activation.h`; a ValueError if there is none of that name."""
+    try:
+        return _CODES[name]
+    except (KeyError, TypeError):
+        get_activation(name)  # raises
+        raise

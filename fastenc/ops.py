@@ -78,6 +78,13 @@ def _warn_once(reason: str) -> None:
     warnings.warn(f"fastenc runs on eager PyTorch: {reason}", RuntimeWarning, stacklevel=4)
 
 
+def everyday():
+    """The operators that choose for themselves, if nothing is forced or recorded and they are there; else None."""
+    if _forced.get() != "auto" or _recorder.get() is not None:
+        return None
+    return BACKENDS["cpu"].eager_operators()
+
+
 def select(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> ModuleType | None:
     """The backend to run these layers on; None for plain eager PyTorch. x is [M, K]."""
     forced = _forced.get()

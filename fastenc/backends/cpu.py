@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..activation import ACTIVATIONS
+from ..activation import activation_code
 
 NAME = "cpu"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-_NEEDS_PREACT = {name for name, act in ACTIVATIONS.items() if act.saves_preact}
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -30,6 +30,23 @@ def why_unavailable() -> str | None:
             return "the C++ extension fastenc._C is not built; reinstall fastenc where there is a C++ compiler"
         return f"the C++ extension fastenc._C cannot be loaded ({error}); reinstall fastenc with this torch"
     return None
+
+
+@functools.cache
+def eager_operators():
+    """`torch.ops.fastenc_eager`: whole layers with their autograd in C++; None if not built for this torch.
+
+    `dense(x, weight, bias, code)` and `encoder(x, weights, biases, codes)` choose by themselves between the kernels and
+    ATen, take any leading dimensions, and follow autocast.
+    """
+    if why_unavailable():
+        return None
+    tag = re.sub(r"\W", "_", torch.__version__)
+    libraries = sorted(Path(__file__).parents[1].glob(f"_eager_{tag}.*"))
+    if not libraries:
+        return None
+    torch.ops.load_library(str(libraries[0]))
+    return torch.ops.fastenc_eager
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -61,7 +78,7 @@ def dense_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
 ) -> tuple[Tensor, Tensor]:
     """See `fastenc::dense_forward`."""
-    return torch.ops.fastenc_cpu.dense_forward.default(x, weight, bias, CODES[activation], save)
+    return torch.ops.fastenc_cpu.dense_forward.default(x, weight, bias, activation_code(activation), save)
 
 
 def dense_backward(
@@ -69,7 +86,7 @@ def dense_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `fastenc::dense_backward`."""
     return torch.ops.fastenc_cpu.dense_backward.default(
-        grad_out, x, weight, saved, CODES[activation], *map(int, output_mask)
+        grad_out, x, weight, saved, activation_code(activation), *map(int, output_mask)
     )
 
 
@@ -78,7 +95,7 @@ def encoder_forward(
 ) -> list[Tensor]:
     """See `fastenc::encoder_forward`."""
     return torch.ops.fastenc_cpu.encoder_forward.default(
-        x, weights, biases, [CODES[activation] for activation in activations], save
+        x, weights, biases, [activation_code(activation) for activation in activations], save
     )
 
 
@@ -92,7 +109,7 @@ def encoder_backward(
 ) -> list[Tensor]:
     """See `fastenc::encoder_backward`."""
     return torch.ops.fastenc_cpu.encoder_backward.default(
-        grad_out, x, weights, results, [CODES[activation] for activation in activations], list(map(int, output_mask))
+        grad_out, x, weights, results, [activation_code(activation) for activation in activations], list(map(int, output_mask))
     )
 
 
