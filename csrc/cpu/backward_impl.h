@@ -9,7 +9,9 @@
 namespace fastenc {
 namespace FASTENC_ISA {
 
-constexpr int64_t kChunkBlocks = 32;     // of up to 64 rows: a chunk's dZ stays in the L3 cache
+constexpr int64_t kChunkBytes = 2 << 20;  // of dZ, about: it is written and read again while in the L2 or L3 cache
+constexpr int64_t kLeastChunkBlocks = 4, kMostChunkBlocks = 32;
+constexpr int64_t kTallPanel = 256;      // outputs in one tile of a weight's gradient, which share a packed operand
 constexpr int64_t kPackWeightRows = 96;  // from here on packing a weight pays for itself
 
 template <class T, class Op>
@@ -18,15 +20,14 @@ class Backward {
   Backward(const BackwardArgs& args, const Runtime& runtime)
       : args_(args),
         runtime_(runtime),
-        schedule_(args.M, 2 * multiply_adds_per_row(args.layers, args.depth), runtime.threads),
+        schedule_(args.M, packed_depth<Op>(1) * kLanes, 2 * multiply_adds_per_row(args.layers, args.depth), runtime.threads),
         plans_(args.depth) {
     bottom_ = 0;
     if (args.grad_x == nullptr)
       while (bottom_ < args.depth && !wants_any(bottom_)) ++bottom_;
     if (bottom_ == args.depth) return;
     single_block_ = schedule_.blocks == 1;
-    const int64_t chunk_blocks = std::min(kChunkBlocks, schedule_.blocks);
-
+    const int64_t chunk_blocks = blocks_per_chunk();
     int64_t packed_size = 0, transposed_size = 0, bias_size = 0, sum_size = 0;
     for (int64_t l = bottom_; l < args.depth; ++l) {
       const Layer& layer = args.layers[l];
@@ -66,6 +67,15 @@ class Backward {
     int64_t bias_offset;        // [1 + blocks of the chunk, out]: the sum so far, then a sum per block, in bias_sums_
     int64_t sum_offset;         // [out, in] in fp32 where the gradient itself is not fp32, in weight_sums_
   };
+
+  int64_t blocks_per_chunk() const {
+    int64_t block_bytes = 1;
+    for (int64_t l = bottom_; l < args_.depth; ++l)
+      if (args_.grad_weights[l] != nullptr)
+        block_bytes += schedule_.block_rows * args_.layers[l].out * static_cast<int64_t>(sizeof(Op));
+    const int64_t fitting = std::min(kMostChunkBlocks, std::max(kLeastChunkBlocks, kChunkBytes / block_bytes));
+    return std::min(fitting, schedule_.blocks);
+  }
 
   bool wants_any(int64_t l) const { return args_.grad_weights[l] != nullptr || args_.grad_biases[l] != nullptr; }
   bool needs_grad_in(int64_t l) const { return l > bottom_ || (l == 0 && args_.grad_x != nullptr); }
@@ -140,15 +150,19 @@ class Backward {
   }
 
   void load_grad_out(const Buffers& buffers, int64_t block, int64_t first) {
-    const int64_t top = args_.depth - 1, out = args_.layers[top].out;
-    float C[kPanel * kPanel] __attribute__((aligned(64)));
-    T gathered[kPanel];
+    const int64_t top = args_.depth - 1, out = args_.layers[top].out, row = block * schedule_.block_rows;
+    const Matrix& grad_out = args_.grad_out;
     for (int64_t col = 0; col < out; col += kPanel) {
       const int64_t cols = std::min(kPanel, out - col);
+      if (grad_out.col_stride == 1) {
+        const T* grad = static_cast<const T*>(grad_out.data) + row * grad_out.row_stride + col;
+        finish_dz(buffers, top, block, col, cols, first, grad, grad_out.row_stride);
+        continue;
+      }
+      T gathered[kPanel * kPanel];
       for (int64_t r = 0; r < schedule_.rows(block); ++r)
-        convert_row(contiguous_row(args_.grad_out, block * schedule_.block_rows + r, col, cols, gathered),
-                    C + r * kPanel, cols);
-      finish_dz(buffers, top, block, col, cols, first, C);
+        contiguous_row(grad_out, row + r, col, cols, gathered + r * kPanel);
+      finish_dz(buffers, top, block, col, cols, first, gathered, kPanel);
     }
   }
 
@@ -170,59 +184,79 @@ class Backward {
       gemm(runtime_, rows, cols, layer.out, ld_dz, layer.in, kPanel, /* add_C */ false, dz,
            static_cast<const float*>(layer.weight) + col, C);
     }
-    if (l > bottom_) return finish_dz(buffers, l - 1, block, col, cols, first, C);
+    if (l > bottom_) return finish_dz(buffers, l - 1, block, col, cols, first, C, kPanel);
     T* grad_x = static_cast<T*>(args_.grad_x) + row * layer.in + col;
     for (int64_t r = 0; r < rows; ++r) convert_row(C + r * kPanel, grad_x + r * layer.in, cols);
   }
 
-  // C, the gradient at layer l's output, times the derivative: dZ. Stored for the layer below, transposed for the
+  // grad, the gradient at layer l's output, times the derivative: dZ. Stored for the layer below, transposed for the
   // weight's gradient, and summed for the bias's.
-  void finish_dz(const Buffers& buffers, int64_t l, int64_t block, int64_t col, int64_t cols, int64_t first, float* C) {
+  template <class Grad>
+  void finish_dz(const Buffers& buffers, int64_t l, int64_t block, int64_t col, int64_t cols, int64_t first,
+                 const Grad* grad, int64_t ld_grad) {
     const Layer& layer = args_.layers[l];
     const Plan& plan = plans_.get()[l];
     const int64_t row = block * schedule_.block_rows, rows = schedule_.rows(block);
-    if (layer.activation != ActivationKind::kIdentity) {
-      const T* saved = static_cast<const T*>(saves_preact(layer.activation) ? args_.preacts[l] : args_.outs[l]);
-      saved += row * layer.out + col;
-      with_activation(layer.activation, [&](auto activation) {
-        for (int64_t r = 0; r < rows; ++r)
-          for (int64_t j = 0; j < cols; j += kLanes) {
-            const int64_t count = std::min(kLanes, cols - j);
-            const T* src = saved + r * layer.out + j;
-            float* c = C + r * kPanel + j;
-            const Vec at = count == kLanes ? load(src) : load_part(src, count);
-            store(decltype(activation)::backward(load(c), at), c);
-          }
-      });
-    }
-    if (needs_grad_in(l)) {
-      const int64_t ld = round_up(layer.out, kLanes);
-      Op* dz = buffers.dz[l % 2] + (block - buffers.first_block) * schedule_.block_rows * ld + col;
-      const int64_t extra = packed_depth<Op>(cols) - cols;  // the pair of a last odd column
-      for (int64_t r = 0; r < rows; ++r) {
-        convert_row(C + r * kPanel, dz + r * ld, cols);
-        if (extra > 0) from_float(0.0f, dz + r * ld + cols);
-      }
-    }
     const int64_t padded_out = round_up(layer.out, kLanes);
-    if (args_.grad_biases[l] != nullptr) {
-      float* sums = bias_sums_ + plan.bias_offset + (block - first + 1) * padded_out + col;
-      for (int64_t j = 0; j < cols; j += kLanes) {
-        Vec total = load(C + j);
-        for (int64_t r = 1; r < rows; ++r) total += load(C + r * kPanel + j);
-        store(total, sums + j);
+    // fp32: the tile of dZ. bf16: its rows two by two, as pairs of bf16 in 32-bit words.
+    float tile[kPanel * kPanel] __attribute__((aligned(64)));
+    Op* dz = nullptr;
+    int64_t ld_dz = padded_out;
+    if (needs_grad_in(l))
+      dz = buffers.dz[l % 2] + (block - buffers.first_block) * schedule_.block_rows * padded_out + col;
+    if constexpr (std::is_same_v<Op, float>) {
+      if (dz == nullptr) {
+        dz = tile;
+        ld_dz = kPanel;
       }
+    }
+    const void* saved = saves_preact(layer.activation) ? args_.preacts[l] : args_.outs[l];
+    Vec sums[kPanel / kLanes] = {};
+    with_activation(layer.activation, [&](auto activation) {
+      using Activation = decltype(activation);
+      const auto dz_at = [&](int64_t r, int64_t j, int64_t count) {
+        const Grad* g = grad + r * ld_grad + j;
+        if constexpr (std::is_same_v<Grad, T>) __builtin_prefetch(g + kPanel);
+        const Vec value = count == kLanes ? load(g) : load_part(g, count);
+        if constexpr (std::is_same_v<Activation, Identity>) {
+          return value;
+        } else {
+          const T* s = static_cast<const T*>(saved) + (row + r) * layer.out + col + j;
+          __builtin_prefetch(s + kPanel);
+          const Vec at = count == kLanes ? load(s) : load_part(s, count);
+          const Vec masked = Activation::backward(value, at);
+          return count == kLanes ? masked : zero_behind(masked, count);
+        }
+      };
+      for (int64_t r = 0; r < rows; r += std::is_same_v<Op, float> ? 1 : 2)
+        for (int64_t j = 0; j < cols; j += kLanes) {
+          const int64_t count = std::min(kLanes, cols - j);
+          const Vec z = dz_at(r, j, count);
+          sums[j / kLanes] += z;
+          if constexpr (std::is_same_v<Op, float>) {
+            store(z, dz + r * ld_dz + j);
+          } else {
+            const Vec odd = r + 1 < rows ? dz_at(r + 1, j, count) : Vec{};
+            sums[j / kLanes] += odd;
+            const IntVec low = round_to_bfloat16(z), high = round_to_bfloat16(odd);
+            if (dz != nullptr) {
+              store_bits(low, dz + r * ld_dz + j);
+              if (r + 1 < rows) store_bits(high, dz + (r + 1) * ld_dz + j);
+            }
+            store(math::bit_cast<Vec>(low | (high << 16)), tile + r / 2 * kPanel + j);
+          }
+        }
+    });
+    if (args_.grad_biases[l] != nullptr) {
+      float* bias_sums = bias_sums_ + plan.bias_offset + (block - first + 1) * padded_out + col;
+      for (int64_t j = 0; j < cols; j += kLanes) store(sums[j / kLanes], bias_sums + j);
     }
     if (args_.grad_weights[l] != nullptr) {
-      const int64_t ld = schedule_.block_rows;
-      Op* dst = transposed_ + plan.transposed_offset + ((block - first) * padded_out + col) * ld;
-      if constexpr (std::is_same_v<Op, float>) {
-        transpose(C, kPanel, rows, cols, dst, ld);
-      } else {
-        float columns[kPanel * kPanel];
-        transpose(C, kPanel, rows, cols, columns, ld);
-        for (int64_t n = 0; n < cols; ++n) convert_row(columns + n * ld, dst + n * ld, round_up(rows, kLanes));
-      }
+      Op* dst = transposed_ + plan.transposed_offset + ((block - first) * padded_out + col) * schedule_.block_rows;
+      if constexpr (std::is_same_v<Op, float>)
+        transpose(dz, ld_dz, rows, cols, dst, schedule_.block_rows);
+      else
+        transpose(tile, kPanel, ceil_div(rows, 2), cols, reinterpret_cast<float*>(dst), schedule_.block_rows / 2);
     }
   }
 
@@ -234,7 +268,7 @@ class Backward {
       return [&, guard = BrgemmGuard<Op>{runtime_}](int64_t i) {
         int64_t l = bottom_;
         while (i >= sum_tiles(l)) i -= sum_tiles(l++);
-        const int64_t panels = panel_count(args_.layers[l].out);
+        const int64_t panels = ceil_div(args_.layers[l].out, kTallPanel);
         if (args_.grad_weights[l] != nullptr) weight_tile(l, i % panels, i / panels, first, last);
         if (args_.grad_biases[l] != nullptr && i < panels) bias_tile(l, i, first, last);
       };
@@ -245,18 +279,21 @@ class Backward {
     const Layer& layer = args_.layers[l];
     if (!wants_any(l)) return 0;
     const bool weight = args_.grad_weights[l] != nullptr;
-    return panel_count(layer.out) * (weight ? std::max<int64_t>(1, panel_count(layer.in)) : 1);
+    return ceil_div(layer.out, kTallPanel) * (weight ? std::max<int64_t>(1, panel_count(layer.in)) : 1);
   }
 
   void weight_tile(int64_t l, int64_t out_panel, int64_t in_panel, int64_t first, int64_t last) {
     const Layer& layer = args_.layers[l];
-    const int64_t row = out_panel * kPanel, rows = panel_columns(layer.out, out_panel);
+    const int64_t row = out_panel * kTallPanel, rows = std::min(kTallPanel, layer.out - row);
     const int64_t col = in_panel * kPanel, cols = panel_columns(layer.in, in_panel);
     if (cols <= 0) return;
     const Matrix input = l == 0 ? args_.x : Matrix{args_.outs[l - 1], layer.in, 1};
-    const bool in_place = std::is_same_v<T, float> && input.col_stride == 1 && input.row_stride >= layer.in;
+    // Rows a multiple of 2 KB apart fall on few sets of the L1 cache: then the copy pays for itself.
+    const bool collides = input.row_stride % 512 == 0 && rows > kPanel && !single_block_;
+    const bool in_place =
+        std::is_same_v<T, float> && input.col_stride == 1 && input.row_stride >= layer.in && !collides;
     const int64_t ld = round_up(cols, kLanes);
-    float C[kPanel * kPanel] __attribute__((aligned(64)));
+    float C[kTallPanel * kPanel] __attribute__((aligned(64)));
     Op B[kPanel * kPanel] __attribute__((aligned(64)));
     T* grad = static_cast<T*>(args_.grad_weights[l]) + row * layer.in + col;
     for (int64_t block = first; block < last; ++block) {
@@ -299,7 +336,7 @@ class Backward {
   void bias_tile(int64_t l, int64_t panel, int64_t first, int64_t last) {
     const Layer& layer = args_.layers[l];
     const int64_t padded_out = round_up(layer.out, kLanes);
-    const int64_t col = panel * kPanel, cols = panel_columns(layer.out, panel);
+    const int64_t col = panel * kTallPanel, cols = std::min(kTallPanel, layer.out - col);
     float* sums = bias_sums_ + plans_.get()[l].bias_offset + col;
     for (int64_t j = 0; j < cols; j += kLanes) {
       Vec total = load(sums + padded_out + j);

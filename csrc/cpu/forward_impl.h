@@ -49,8 +49,8 @@ struct Schedule {
   bool parallel;
   bool layerwise;  // one layer at a time over all tiles, rather than one block at a time through all layers
 
-  FASTENC_INLINE Schedule(int64_t rows, int64_t multiply_adds_per_row, int64_t threads) : M(rows) {
-    block_rows = rows_per_block(M);
+  FASTENC_INLINE Schedule(int64_t rows, int64_t least_rows, int64_t multiply_adds_per_row, int64_t threads) : M(rows) {
+    block_rows = std::max(least_rows, rows_per_block(M));
     blocks = ceil_div(M, block_rows);
     parallel = threads > 1 && M * multiply_adds_per_row >= kParallelWork;
     layerwise = parallel && blocks < threads;
@@ -80,7 +80,10 @@ inline void forward_epilogue(int64_t rows, int64_t cols, const float* bias, cons
       const Vec z = load(C + r * kPanel + j) + load(bias + j);
       if (preact != nullptr) store_part(z, preact + r * ld_out + j, count);
       const Vec y = Activation::forward(z);
-      if (out != nullptr) store_part(y, out + r * ld_out + j, count);
+      if (out != nullptr) {
+        store_part(y, out + r * ld_out + j, count);
+        __builtin_prefetch(out + r * ld_out + j + kPanel, /* for writing */ 1);
+      }
       if (next != nullptr) store_part(y, next + r * ld_next + j, count);
     }
 }
@@ -91,7 +94,7 @@ class Forward {
   Forward(const ForwardArgs& args, const Runtime& runtime)
       : args_(args),
         runtime_(runtime),
-        schedule_(args.M, multiply_adds_per_row(args.layers, args.depth), runtime.threads),
+        schedule_(args.M, kLanes, multiply_adds_per_row(args.layers, args.depth), runtime.threads),
         plans_(args.depth) {
     int64_t packed_size = 0;
     for (int64_t l = 0; l < args.depth; ++l) {

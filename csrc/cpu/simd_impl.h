@@ -76,11 +76,13 @@ FASTENC_INLINE IntVec round_to_bfloat16(Vec value) {
 
 FASTENC_INLINE Vec load(const BFloat16* src) { return math::bit_cast<Vec>(load_bits(src) << 16); }
 
-FASTENC_INLINE void store(Vec value, BFloat16* dst) {
+FASTENC_INLINE void store_bits(IntVec lanes, BFloat16* dst) {
   using Bits = uint16_t __attribute__((vector_size(32)));
-  const Bits bits = __builtin_convertvector(round_to_bfloat16(value), Bits);
+  const Bits bits = __builtin_convertvector(lanes, Bits);
   std::memcpy(dst, &bits, sizeof bits);
 }
+
+FASTENC_INLINE void store(Vec value, BFloat16* dst) { store_bits(round_to_bfloat16(value), dst); }
 
 #if defined(FASTENC_AVX512)
 FASTENC_INLINE Vec load(const Half* src) {
@@ -116,6 +118,13 @@ FASTENC_INLINE void store_part(Vec value, float* dst, int64_t count) {
   _mm512_mask_storeu_ps(dst, static_cast<__mmask16>((1u << count) - 1), (__m512)value);
 }
 #endif
+
+// The first `count` lanes, zero behind them.
+FASTENC_INLINE Vec zero_behind(Vec value, int64_t count) {
+  float lanes[kLanes] = {};
+  store_part(value, lanes, count);
+  return load(lanes);
+}
 
 template <class Wide, class Narrow>
 FASTENC_INLINE Narrow fold(Wide value) {
