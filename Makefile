@@ -1,0 +1,85 @@
+# The two lines for a fresh clone:
+#   make demo     trains an encoder on handwritten digits and shows what came out
+#   make test     runs the tests
+# Both make an environment in .venv first, and do again only what has changed.
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch>=2.13
+ARGS ?=
+
+ENV_PYTHON := $(VENV)/bin/python
+# No build isolation: the C++ autograd is for the very torch that it runs with. PATH: torch looks for ninja there.
+PIP := PATH="$(abspath $(VENV)/bin):$$PATH" $(ENV_PYTHON) -m pip --disable-pip-version-check --quiet
+BUILD := build/$(notdir $(VENV))
+TORCH_STAMP := $(VENV)/stamp-$(subst /,_,$(subst $() ,_,$(TORCH)))
+CXX_FILES := $(sort $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp))
+
+.PHONY: help demo test test-smoke bench lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo         train an encoder on handwritten digits; pictures and figures go to out/digits"
+	@echo "make test         run the tests; some of them: make test ARGS='tests/test_modules.py -k bias'"
+	@echo "make test-smoke   run the few tests that tell whether an installation works"
+	@echo "make bench        compare with eager PyTorch: tens of minutes; a look: make bench ARGS=--quick"
+	@echo "make lint         ruff, clang-format, mypy"
+	@echo "make format       let ruff and clang-format change the files"
+	@echo "make clean        remove what was built; an environment is removed by rm -r $(VENV)"
+	@echo
+	@echo "VENV=.venv-cpu TORCH='torch==2.13.0'   another environment, with another torch"
+	@echo "PYTHON=python3.12                      the Python that makes the environment"
+
+demo: $(BUILD)/built
+	$(ENV_PYTHON) examples/digits.py $(ARGS)
+
+test: $(BUILD)/built $(VENV)/stamp-test
+	$(ENV_PYTHON) -m pytest $(ARGS)
+
+test-smoke: $(BUILD)/built $(VENV)/stamp-test
+	$(ENV_PYTHON) -m pytest tests/test_smoke.py $(ARGS)
+
+bench: $(BUILD)/built
+	$(ENV_PYTHON) -m benchmarks $(ARGS)
+
+lint: $(VENV)/stamp-lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
+
+format: $(VENV)/stamp-lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist *.egg-info fastenc/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find benchmarks examples fastenc kernels tests -name __pycache__ -prune -exec rm -r {} +
+
+# From here on: the environment, step by step. Each leaves a stamp when it is done.
+
+$(ENV_PYTHON):
+	@command -v "$(PYTHON)" >/dev/null || { echo "fastenc: there is no $(PYTHON) here; install Python 3.10 or newer, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fastenc: Python 3.10 or newer is needed, and $(PYTHON) is $$("$(PYTHON)" -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "fastenc: making the environment $(VENV) with $$("$(PYTHON)" -V)"
+	@"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; echo "fastenc: $(PYTHON) cannot make an environment, as its venv or pip is missing; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+# Another TORCH than before: all that follows is done again.
+$(TORCH_STAMP): | $(ENV_PYTHON)
+	@echo "fastenc: installing $(TORCH) into $(VENV); the first time this can be a long download"
+	@rm -f $(VENV)/stamp-*
+	@$(PIP) install "$(TORCH)" numpy "setuptools>=77" ninja
+	@touch "$@"
+
+# Only what is needed to import fastenc from here; the extension is built in the next step, where its output can be seen.
+$(VENV)/stamp-%: pyproject.toml $(TORCH_STAMP)
+	@echo "fastenc: installing fastenc[$*] into $(VENV), importing from this folder"
+	@FASTENC_EXTENSION=0 $(PIP) install --no-build-isolation -e ".[$*]"
+	@touch "$@"
+
+$(BUILD)/built: setup.py pyproject.toml $(CXX_FILES) $(VENV)/stamp-app
+	@mkdir -p $(BUILD)
+	@echo "fastenc: compiling the C++ extension; a minute or two, the compiler's output is in $(BUILD)/log"
+	@PATH="$(abspath $(VENV)/bin):$$PATH" $(ENV_PYTHON) setup.py --quiet build_ext --inplace --build-temp $(BUILD) >$(BUILD)/log || { tail -n 40 $(BUILD)/log; exit 1; }
+	@if ls fastenc/_C.* >/dev/null 2>&1; then touch "$@"; else echo "fastenc: going on without it, on eager PyTorch"; fi
