@@ -1,0 +1,43 @@
+"""Fixtures that the tests of the layers share."""
+
+import accuracy
+import pytest
+
+from fastenc.backends import cpu
+
+BUILDS = {
+    "avx512-brgemm": ("avx512", True),
+    "avx512": ("avx512", False),
+    "avx2": ("avx2", False),
+    "generic": ("generic", False),
+}
+
+
+@pytest.fixture
+def one_thread():
+    """On a busy machine a parallel region costs thousands of times what these small shapes do."""
+    with accuracy.threads(1):
+        yield
+
+
+@pytest.fixture(params=accuracy.PATHS)
+def path(request):
+    """Each of the ways that run the layers on plain tensors."""
+    with accuracy.path(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=BUILDS, scope="module")
+def build(request):
+    """Each build of the kernels that this CPU can run."""
+    isa, brgemm = BUILDS[request.param]
+    try:
+        description = cpu.configure(isa, brgemm)
+    except RuntimeError as error:
+        if "this CPU cannot run" not in str(error):
+            raise
+        pytest.skip(str(error).splitlines()[0])
+    assert description.startswith(isa)
+    assert ("no brgemm" in description) == (not brgemm)
+    yield request.param
+    cpu.configure("auto", True)
