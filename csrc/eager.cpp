@@ -5,7 +5,10 @@
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
 namespace at {
@@ -27,7 +30,7 @@ namespace {
 
 using at::Tensor;
 using fastenc::ActivationKind;
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 using Stack = fastenc::Stack<Tensor>;
 
@@ -70,65 +73,63 @@ Tensor activate_backward(const Tensor& grad, const Tensor& saved, int64_t activa
   }
 }
 
-// A stack of layers. Parameters are all weights, then all biases (undefined: none). Hidden outputs and pre-activations
-// are outputs too, so that a second derivative finds them in the graph.
-class StackFunction : public torch::autograd::Function<StackFunction> {
- public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList parameters,
-                               const std::vector<int64_t>& activations) {
-    const size_t depth = activations.size();
-    Stack stack(depth);
-    for (size_t l = 0; l < depth; ++l) stack.add(x, parameters[l], optional(parameters[depth + l]), activations[l]);
-    variable_list results = fastenc::run_forward(kernel_access(), x, stack, /* save */ true);
-    variable_list saved;
-    saved.reserve(1 + depth + results.size());
-    // The gradients read x only for the first weight's, and the first weight only for x's; what they do not read may
-    // change or be freed, as with nn.Linear.
-    saved.push_back(parameters[0].requires_grad() ? x : Tensor());
-    saved.push_back(x.requires_grad() ? parameters[0] : Tensor());
-    saved.insert(saved.end(), parameters.begin() + 1, parameters.begin() + depth);
-    saved.insert(saved.end(), results.begin(), results.end());
-    ctx->save_for_backward(std::move(saved));
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["activations"] = activations;
-    ctx->saved_data["in"] = x.size(1);
-    return results;
+std::optional<Tensor> optional(const Tensor& tensor) {
+  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
+// The gradient of a stack of layers. Its inputs are x, all weights, then all biases; its outputs are what run_forward
+// returns: hidden outputs and pre-activations too, so that a second derivative finds them in the graph. A node of our
+// own rather than a torch::autograd::Function, whose context costs 3 us a call.
+struct StackBackward : public torch::autograd::Node {
+  std::vector<int64_t> activations;
+  int64_t in = 0;
+  SavedVariable x;  // unset where no gradient reads it
+  std::vector<SavedVariable> weights, results;
+  std::mutex mutex;
+
+  std::string name() const override { return "FusedStackBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex);
+    x.reset_data();
+    for (SavedVariable& weight : weights) weight.reset_data();
+    for (SavedVariable& result : results) result.reset_data();
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grad_results) {
-    const variable_list saved = ctx->get_saved_variables();
-    const std::vector<int64_t> activations = ctx->saved_data["activations"].toIntVector();
+  variable_list apply(variable_list&& grad_results) override {
+    const std::lock_guard<std::mutex> lock(mutex);
     const size_t depth = activations.size();
+    const auto self = getptr();
+    const Tensor saved_x = x.unpack(self);
+    variable_list saved_weights, saved_results;
+    for (const SavedVariable& weight : weights) saved_weights.push_back(weight.unpack(self));
+    for (const SavedVariable& result : results) saved_results.push_back(result.unpack(self));
+    // In the order of the kernels: x, then weight and bias of each layer.
+    const auto input = [&](size_t i) { return i == 0 ? 0 : i % 2 == 1 ? 1 + i / 2 : depth + i / 2; };
     std::vector<int64_t> wanted(2 * depth + 1);
-    wanted[0] = ctx->needs_input_grad(0);
-    for (size_t l = 0; l < depth; ++l) {
-      wanted[2 * l + 1] = ctx->needs_input_grad(1 + l);
-      wanted[2 * l + 2] = ctx->needs_input_grad(1 + depth + l);
-    }
+    for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = task_should_compute_output(input(i));
+    variable_list ordered(2 * depth + 1);
+
     bool only_last = grad_results[depth - 1].defined();
     for (size_t i = 0; i < grad_results.size(); ++i) only_last &= i == depth - 1 || !grad_results[i].defined();
-
-    variable_list ordered(1 + 2 * depth + 1);  // x, weights, biases, and nothing for the activations
-    const auto place = [&](size_t i, Tensor grad) {
-      if (wanted[i]) ordered[i == 0 ? 0 : i % 2 == 1 ? 1 + i / 2 : depth + i / 2] = std::move(grad);
-    };
     if (only_last && !at::GradMode::is_enabled()) {
-      const Tensor& result = saved[1 + depth];
-      const auto stand_in = [&](const Tensor& tensor, int64_t rows) {
-        return tensor.defined() ? tensor : at::new_empty(result, {1, 1}).expand({rows, ctx->saved_data["in"].toInt()});
+      const Tensor& result = saved_results[0];
+      const auto or_stand_in = [&](const Tensor& tensor, int64_t rows) {
+        return tensor.defined() ? tensor : at::new_empty(result, {1, 1}).expand({rows, in});
       };
-      const Tensor x = stand_in(saved[0], result.size(0));
+      const Tensor rows = or_stand_in(saved_x, result.size(0));
       Stack stack(depth);
-      stack.add(x, stand_in(saved[1], result.size(1)), std::nullopt, activations[0], /* reads_weight */ wanted[0]);
-      for (size_t l = 1; l < depth; ++l) stack.add(x, saved[1 + l], std::nullopt, activations[l]);
-      variable_list grads = fastenc::run_backward_from(kernel_access(), grad_results[depth - 1], x, stack,
-                                                       saved.data() + 1 + depth, saved.size() - 1 - depth, wanted);
-      for (size_t i = 0; i < grads.size(); ++i) place(i, grads[i]);
+      stack.add(rows, or_stand_in(saved_weights[0], result.size(1)), std::nullopt, activations[0],
+                /* reads_weight */ wanted[0]);
+      for (size_t l = 1; l < depth; ++l) stack.add(rows, saved_weights[l], std::nullopt, activations[l]);
+      variable_list grads = fastenc::run_backward_from(kernel_access(), grad_results[depth - 1], rows, stack,
+                                                       saved_results.data(), saved_results.size(), wanted);
+      for (size_t i = 0; i < grads.size(); ++i)
+        if (wanted[i]) ordered[input(i)] = std::move(grads[i]);
       return ordered;
     }
 
     // To be differentiated again, or with gradients of hidden outputs: by formulas in ATen.
-    const Tensor* results = saved.data() + 1 + depth;
     size_t preact = grad_results.size();
     Tensor grad_out = grad_results[depth - 1];
     for (size_t l = depth; l-- > 0;) {
@@ -136,27 +137,49 @@ class StackFunction : public torch::autograd::Function<StackFunction> {
       if (from_preact) --preact;
       Tensor grad = from_preact ? grad_results[preact] : Tensor();
       if (grad_out.defined()) {
-        const Tensor from_out = activate_backward(grad_out, results[from_preact ? preact : l], activations[l]);
+        const Tensor from_out = activate_backward(grad_out, saved_results[from_preact ? preact : l], activations[l]);
         grad = grad.defined() ? grad + from_out : from_out;
       }
       grad_out = l > 0 ? grad_results[l - 1] : Tensor();
       if (!grad.defined()) continue;
-      if (wanted[2 * l + 1]) place(2 * l + 1, grad.t().mm(l > 0 ? results[l - 1] : saved[0]));
-      if (wanted[2 * l + 2]) place(2 * l + 2, grad.sum(0));
+      if (wanted[2 * l + 1]) ordered[input(2 * l + 1)] = grad.t().mm(l > 0 ? saved_results[l - 1] : saved_x);
+      if (wanted[2 * l + 2]) ordered[input(2 * l + 2)] = grad.sum(0);
       if (std::none_of(wanted.begin(), wanted.begin() + 2 * l + 1, [](int64_t want) { return want != 0; })) continue;
-      const Tensor below = grad.mm(saved[1 + l]);
+      const Tensor below = grad.mm(saved_weights[l]);
       if (l == 0)
-        place(0, below);
+        ordered[0] = below;
       else
         grad_out = grad_out.defined() ? grad_out + below : below;
     }
     return ordered;
   }
-
-  static std::optional<Tensor> optional(const Tensor& tensor) {
-    return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
-  }
 };
+
+// The last output of the stack, with its gradient. weights and biases (undefined: none) in lists of their own.
+Tensor run_with_gradient(const Tensor& x, at::TensorList weights, at::TensorList biases, at::IntArrayRef activations) {
+  const size_t depth = activations.size();
+  variable_list results;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Stack stack(depth);
+    for (size_t l = 0; l < depth; ++l) stack.add(x, weights[l], optional(biases[l]), activations[l]);
+    results = fastenc::run_forward(kernel_access(), x, stack, /* save */ true);
+  }
+  const auto node = c10::make_intrusive<StackBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(x, weights, biases));
+  node->activations = activations.vec();
+  node->in = x.size(1);
+  torch::autograd::set_history(results, node);
+  // The gradients read x only for the first weight's, and the first weight only for x's; what they do not read may
+  // change or be freed, as with nn.Linear.
+  if (weights[0].requires_grad()) node->x = SavedVariable(x, /* is_output */ false);
+  node->weights.reserve(depth);
+  node->results.reserve(results.size());
+  for (size_t l = 0; l < depth; ++l)
+    node->weights.emplace_back(l > 0 || x.requires_grad() ? weights[l] : Tensor(), /* is_output */ false);
+  for (const Tensor& result : results) node->results.emplace_back(result, /* is_output */ true);
+  return results[depth - 1];
+}
 
 // A dense CPU tensor with nothing special about it: no subclass, transform, functional or quantised wrapper.
 bool is_plain(const Tensor& tensor, at::ScalarType dtype) {
@@ -191,7 +214,7 @@ Tensor run_stack(const Tensor& x, at::TensorList parameters, at::IntArrayRef act
   if (!is_eligible(x, weights, biases)) {
     Tensor out = x;
     for (size_t l = 0; l < depth; ++l)
-      out = activate(at::linear(out, weights[l], StackFunction::optional(biases[l])), activations[l]);
+      out = activate(at::linear(out, weights[l], optional(biases[l])), activations[l]);
     return out;
   }
   Tensor rows = x.dim() == 2 ? x : x.reshape({c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), x.size(-1)});
@@ -208,14 +231,11 @@ Tensor run_stack(const Tensor& x, at::TensorList parameters, at::IntArrayRef act
   if (first > 0) {
     at::AutoDispatchBelowADInplaceOrView guard;
     Stack stack(first);
-    for (size_t l = 0; l < first; ++l) stack.add(rows, weights[l], StackFunction::optional(biases[l]), activations[l]);
+    for (size_t l = 0; l < first; ++l) stack.add(rows, weights[l], optional(biases[l]), activations[l]);
     rows = fastenc::run_forward(kernel_access(), rows, stack, /* save */ false)[0];
   }
-  if (first < depth) {
-    variable_list rest(weights.begin() + first, weights.end());
-    rest.insert(rest.end(), biases.begin() + first, biases.end());
-    rows = StackFunction::apply(rows, at::TensorList(rest), activations.slice(first).vec())[depth - first - 1];
-  }
+  if (first < depth)
+    rows = run_with_gradient(rows, weights.slice(first), biases.slice(first), activations.slice(first));
   if (x.dim() == 2) return rows;
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = weights.back().size(0);

@@ -5,7 +5,7 @@ The order of `ACTIVATIONS` is the order of `enum class ActivationKind` in `csrc/
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +69,14 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 def activation_code(name: str) -> int:
     """The number of the activation in `csrc/activation.h`; a ValueError if there is none of that name."""
+    return activation_codes((name,))[0]
+
+
+def activation_codes(names: Iterable[str]) -> list[int]:
+    """The number of each activation."""
     try:
-        return _CODES[name]
+        return [_CODES[name] for name in names]
     except (KeyError, TypeError):
-        get_activation(name)  # raises
+        for name in names:
+            get_activation(name)  # raises for the one that is not known
         raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -72,11 +72,12 @@ class Encoder(Pretrained, nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = list(self.layers)
+        layers = self._modules["layers"]._modules.values()  # type: ignore[union-attr]
         if self.training and self.dropout > 0:
-            for layer in layers[:-1]:
+            *hidden, last = layers
+            for layer in hidden:
                 x = F.dropout(layer(x), self.dropout)
-            return layers[-1](x)
+            return last(x)
         return _run(layers, x)
 
 
@@ -91,28 +92,41 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def _fusible(stack: nn.Module) -> list[FusedDense] | None:
+def _has_global_hooks() -> bool:
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
+
+
+def _run(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """The layers one after the other: in one kernel where nothing asks for more than their forward."""
+    weights, biases, activations = [], [], []
+    for layer in layers:
+        if not _is_plain(layer, FusedDense):
+            break
+        state = layer.__dict__
+        parameters = state["_parameters"]
+        weights.append(parameters["weight"])
+        biases.append(parameters["bias"])
+        activations.append(state["activation"])
+    else:
+        if not _has_global_hooks():
+            return encoder_stack(x, weights, biases, activations)
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _fusible(stack: nn.Module) -> list[nn.Module] | None:
     """The layers of an Encoder (or the one layer of a head) that may run as part of a longer stack; else None."""
     if _is_plain(stack, FusedDense):
-        return [stack]  # type: ignore[list-item]
+        return [stack]
     if not _is_plain(stack, Encoder) or (stack.training and stack.dropout > 0):
         return None
     return list(stack.layers)  # type: ignore[arg-type]
-
-
-def _run(layers: list[nn.Module], x: Tensor) -> Tensor:
-    """The layers one after the other: in one kernel where nothing asks for more than their forward."""
-    if _has_global_hooks() or not all(_is_plain(layer, FusedDense) for layer in layers):
-        for layer in layers:
-            x = layer(x)
-        return x
-    parameters = [layer._parameters for layer in layers]
-    return encoder_stack(
-        x,
-        [own["weight"] for own in parameters],
-        [own["bias"] for own in parameters],
-        [layer.activation for layer in layers],
-    )
 
 
 def _run_both(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
@@ -121,15 +135,6 @@ def _run_both(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
     if below is None or above is None or _has_global_hooks():
         return second(first(x))
     return _run(below + above, x)
-
-
-def _has_global_hooks() -> bool:
-    return bool(
-        hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    )
 
 
 class AutoEncoder(Pretrained, nn.Module):

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from . import ops
-from .activation import activation_code, get_activation
+from .activation import activation_code, activation_codes, get_activation
 from .backends import reference
 
 
@@ -167,7 +167,7 @@ def encoder(
         )
     traced = _traced_by()
     if traced is None and (operators := ops.everyday()):
-        return operators.encoder.default(x, weights, biases, [activation_code(name) for name in activations])
+        return operators.encoder.default(x, weights, biases, activation_codes(activations))
     if len(weights) == 1 or x.dim() == 0 or (traced and not (torch.compiler.is_compiling() and _all_fit(x, weights, biases))):
         return _layer_by_layer(x, weights, biases, activations)
     if traced:

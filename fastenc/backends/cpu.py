@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..activation import activation_code
+from ..activation import activation_code, activation_codes
 
 NAME = "cpu"
 
@@ -95,7 +95,7 @@ def encoder_forward(
 ) -> list[Tensor]:
     """See `fastenc::encoder_forward`."""
     return torch.ops.fastenc_cpu.encoder_forward.default(
-        x, weights, biases, [activation_code(activation) for activation in activations], save
+        x, weights, biases, activation_codes(activations), save
     )
 
 
@@ -109,7 +109,7 @@ def encoder_backward(
 ) -> list[Tensor]:
     """See `fastenc::encoder_backward`."""
     return torch.ops.fastenc_cpu.encoder_backward.default(
-        grad_out, x, weights, results, [activation_code(activation) for activation in activations], list(map(int, output_mask))
+        grad_out, x, weights, results, activation_codes(activations), list(map(int, output_mask))
     )
 
 
