@@ -69,17 +69,18 @@ $(ENV_PYTHON):
 $(TORCH_STAMP): | $(ENV_PYTHON)
 	@echo "fastenc: installing $(TORCH) into $(VENV); the first time this can be a long download"
 	@rm -f $(VENV)/stamp-*
-	@$(PIP) install "$(TORCH)" numpy "setuptools>=77" ninja
+	@$(PIP) install --no-compile "$(TORCH)" numpy "setuptools>=77" ninja
 	@touch "$@"
 
 # Only what is needed to import fastenc from here; the extension is built in the next step, where its output can be seen.
 $(VENV)/stamp-%: pyproject.toml $(TORCH_STAMP)
 	@echo "fastenc: installing fastenc[$*] into $(VENV), importing from this folder"
-	@FASTENC_EXTENSION=0 $(PIP) install --no-build-isolation -e ".[$*]"
+	@FASTENC_EXTENSION=0 $(PIP) install --no-compile --no-build-isolation -e ".[$*]"
 	@touch "$@"
 
 $(BUILD)/built: setup.py pyproject.toml $(CXX_FILES) $(VENV)/stamp-app
 	@mkdir -p $(BUILD)
 	@echo "fastenc: compiling the C++ extension; a minute or two, the compiler's output is in $(BUILD)/log"
-	@PATH="$(abspath $(VENV)/bin):$$PATH" $(ENV_PYTHON) setup.py --quiet build_ext --inplace --build-temp $(BUILD) >$(BUILD)/log || { tail -n 40 $(BUILD)/log; exit 1; }
+	@PATH="$(abspath $(VENV)/bin):$$PATH" $(ENV_PYTHON) setup.py --quiet build_ext --inplace --build-temp $(BUILD) >$(BUILD)/log 2>&1 || { tail -n 40 $(BUILD)/log; exit 1; }
+	@grep "^fastenc: " $(BUILD)/log
 	@if ls fastenc/_C.* >/dev/null 2>&1; then touch "$@"; else echo "fastenc: going on without it, on eager PyTorch"; fi
