@@ -1,0 +1,179 @@
+"""Imports point one way, heavy packages wait until they are needed, and the lists kept in two languages agree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastenc.activation import ACTIVATIONS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fastenc"
+
+# From the top: a module may import from its own layer and from those below. A module of `fastenc/` that is not here is
+# an error, so that it gets its place.
+LAYERS = (
+    {"__main__", "cli", "info", "pipeline", "plots", "record", "report", "vectors"},
+    {"training"},
+    {"encoder", "explain", "pretrained"},
+    {"modules"},
+    {"functional"},
+    {"ops"},
+    {"backends"},
+    {"activation", "kernels", "_C"},
+)
+# Knows nothing of fastenc; only these layers know it.
+DATA, ABOVE_DATA = "data", LAYERS[0] | LAYERS[1]
+
+# Each import of them costs a noticeable part of a second, and only the extra `app` brings them.
+HEAVY = {"matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "tqdm", "triton", "typer"}
+
+
+def level(module: str) -> int:
+    return next(i for i, layer in enumerate(LAYERS) if module in layer)
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """The module or subpackage of fastenc (its first name), and each of its files."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        first = path.relative_to(PACKAGE).parts[0]
+        yield first.removesuffix(".py"), path
+    for path in sorted((ROOT / "kernels" / "triton").rglob("*.py")):
+        yield "kernels", path
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, int]]:
+    """(absolute dotted name, line) of all that is imported, relative names resolved in `package`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            for alias in node.names:
+                yield ".".join([*base, *filter(None, [node.module]), alias.name]), node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            yield from ((name.value, node.lineno) for name in node.args if isinstance(name, ast.Constant))
+
+
+def package_of(path: Path) -> str:
+    if path.is_relative_to(PACKAGE):
+        return ".".join(["fastenc", *path.relative_to(PACKAGE).parts[:-1]])
+    return ".".join(["fastenc.kernels", *path.relative_to(ROOT / "kernels" / "triton").parts[:-1]])
+
+
+def inside(path: Path) -> Iterator[tuple[str, int]]:
+    """(first name below fastenc, line) of what a file imports from fastenc; "" is fastenc itself."""
+    known = {name for name, _ in sources()} | {"_C"}
+    for name, line in imports(ast.parse(path.read_text()), package_of(path)):
+        parts = name.split(".")
+        if parts[0] == "fastenc":
+            yield (parts[1] if len(parts) > 1 and parts[1] in known else ""), line
+
+
+def at_module_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that run when a module is imported."""
+    for node in body:
+        if isinstance(node, ast.If):
+            if "TYPE_CHECKING" not in ast.unparse(node.test):
+                yield from at_module_level(node.body)
+            yield from at_module_level(node.orelse)
+        elif isinstance(node, ast.Try):
+            yield from at_module_level([*node.body, *node.orelse, *node.finalbody])
+        elif isinstance(node, ast.ClassDef):
+            yield from at_module_level(node.body)
+        elif not isinstance(node, ast.FunctionDef):
+            yield node
+
+
+def test_every_module_has_its_layer():
+    found = {name for name, _ in sources()} - {"__init__"}
+    assert found <= set().union(*LAYERS) | {DATA}, "give the new modules their place in LAYERS"
+    assert set().union(*LAYERS) - found == {"_C"}, "LAYERS names what is no longer there"
+
+
+def test_imports_point_one_way():
+    wrong, edges = [], set()
+    for module, path in sources():
+        if module in ("__init__", DATA):
+            continue
+        for target, line in inside(path):
+            edges.add((module, target))
+            if target == "":
+                allowed = module in LAYERS[0]  # fastenc itself imports nearly everything below
+            elif target == DATA:
+                allowed = module in ABOVE_DATA
+            else:
+                allowed = level(target) >= level(module)
+            if not allowed:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {target or 'fastenc'}")
+    assert not wrong
+    # The walk sees relative, absolute and lazy imports.
+    assert {("cli", "training"), ("training", "data"), ("pretrained", "encoder"), ("backends", "_C")} <= edges
+
+
+def test_data_knows_nothing_of_fastenc():
+    files = [path for module, path in sources() if module == DATA]
+    assert {target for path in files for target, _ in inside(path)} == {DATA}
+
+
+def test_modules_know_no_backend():
+    known = {target for target, _ in inside(PACKAGE / "modules.py")}
+    assert known == {"activation", "functional"}
+
+
+def test_heavy_packages_wait_until_needed():
+    found = set()
+    for module, path in sources():
+        for statement in at_module_level(ast.parse(path.read_text()).body):
+            for name, _ in imports(statement, package_of(path)):
+                if name.split(".")[0] in HEAVY:
+                    found.add((module, name.split(".")[0]))
+    assert found == {("cli", "typer")}  # its commands are declared when it is imported
+
+
+def test_import_fastenc_is_light():
+    program = (
+        "import sys, torch; before = set(sys.modules); import fastenc; "
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.split())
+    assert "fastenc" in loaded
+    assert not loaded & HEAVY
+
+
+def test_torch_library_is_used_in_ops_only():
+    users = set()
+    for module, path in sources():
+        tree = ast.parse(path.read_text())
+        uses = [name for name, _ in imports(tree, package_of(path)) if name.startswith("torch.library")]
+        uses += [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_torch_library(node)]
+        if uses:
+            users.add(module)
+    assert users == {"ops"}
+
+
+def is_torch_library(node: ast.Attribute) -> bool:
+    return node.attr == "library" and isinstance(node.value, ast.Name) and node.value.id == "torch"
+
+
+def test_cpu_kernels_know_no_torch():
+    knowing = set()
+    for path in (ROOT / "csrc" / "cpu").iterdir():
+        code = re.sub(r"//.*", "", path.read_text())
+        if re.search(r"#include <(torch|ATen|c10)/|\b(torch|at|c10)::", code):
+            knowing.add(path.name)
+    assert knowing == {"runtime.cpp"}
+
+
+def test_activations_are_in_the_same_order_in_both_languages():
+    header = (ROOT / "csrc" / "activation.h").read_text()
+    kinds = re.search(r"enum class ActivationKind[^{]*\{([^}]*)\}", header)[1]
+    kinds = [kind for kind in re.split(r"[\s,]+", kinds) if kind]
+    names = [re.sub(r"(?<!^)(?=[A-Z])", "_", kind.removeprefix("k")).lower() for kind in kinds]
+    assert names == [*ACTIVATIONS, "count"]
