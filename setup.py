@@ -30,7 +30,7 @@ BYTES_PER_JOB = 1.5e9
 def default_jobs() -> int:
     """Compilers to run at once: one a core, as long as each has 1.5 GB."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, int(free_memory() / BYTES_PER_JOB)))
+    return max(1, int(min(cores, free_memory() / BYTES_PER_JOB)))
 
 
 def free_memory() -> float:

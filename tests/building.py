@@ -1,0 +1,88 @@
+"""What the tests of the build share: a copy of the sources, a compiler that takes no time, and what runs the build."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+EAGER = "_eager_" + re.sub(r"\W", "_", torch.__version__)
+
+SOURCES = ("benchmarks", "csrc", "examples", "fastenc", "kernels", "tests")
+NO_SOURCE = shutil.ignore_patterns("*.so", "__pycache__", "results")
+
+# Makes an empty object of any source, except one named in $REFUSED; links and answers as the real one does.
+COMPILER = """#!/bin/sh
+for argument; do
+    case $argument in
+        -c) compiles=yes ;;
+        */$REFUSED) echo "error: this source is refused" >&2; exit 1 ;;
+    esac
+    if [ "$previous" = -o ]; then output=$argument; fi
+    previous=$argument
+done
+if [ "$compiles" ]; then exec c++ -x c++ -fPIC -c /dev/null -o "$output"; fi
+exec c++ "$@"
+"""
+
+
+def copy_sources(folder: Path) -> Path:
+    """A checkout in `folder`, with libraries lying about that earlier builds have left."""
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, folder / name, ignore=NO_SOURCE)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+    (folder / "fastenc" / "_eager_1_13_1.abi3.so").touch()
+    (folder / "fastenc" / "_C.abi3.so").write_text("stale")
+    return folder
+
+
+def build(folder: Path, *command: str, compiler: bool = True, **environment: str) -> str:
+    """Run `python *command` in `folder`; what it prints. `compiler=False`: where there is none."""
+    paths = [str(Path(sys.executable).parent)]  # ninja's
+    if compiler:
+        script = folder / "quick-c++"
+        script.write_text(COMPILER)
+        script.chmod(0o755)
+        environment = {"CXX": str(script), **environment}
+        paths.append(os.environ["PATH"])
+    result = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={"HOME": str(folder), "PATH": os.pathsep.join(paths), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def said(output: str) -> list[str]:
+    """The lines that setup.py itself prints."""
+    return [line for line in output.splitlines() if line.startswith("fastenc: ")]
+
+
+def unpack(wheels: Path, folder: Path) -> Path:
+    """The one wheel in `wheels`, unpacked."""
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def python(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run `program` where `import fastenc` finds the one in `folder`."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )

@@ -1,0 +1,119 @@
+"""What is installed: the content and tags of the sdist and the wheel, and what the real libraries link to."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from building import EAGER, ROOT, build, copy_sources
+from setuptools.config.pyprojecttoml import load_file
+
+import fastenc
+
+PROJECT = load_file(ROOT / "pyproject.toml")
+VERSION = PROJECT["project"]["version"]
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory) -> Path:
+    """The folder with the sdist, and the wheel built from it."""
+    folder = copy_sources(tmp_path_factory.mktemp("checkout"))
+    build(folder, "setup.py", "--quiet", "sdist", FASTENC_EXTENSION="0")  # whole even where nothing can be compiled
+    dist = folder / "dist"
+    (sdist,) = dist.iterdir()
+    with tarfile.open(sdist) as archive:
+        archive.extractall(dist, filter="data")
+    unpacked = dist / f"fastenc-{VERSION}"
+    build(unpacked, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(dist), FASTENC_EXTENSION="1")
+    return dist
+
+
+@pytest.fixture(scope="module")
+def wheel(dist):
+    (path,) = dist.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def packages() -> dict[str, Path]:
+    """What pyproject.toml installs: package -> folder."""
+    tool = PROJECT["tool"]["setuptools"]
+    special = {name: path for name, path in tool["package-dir"].items() if name != "fastenc"}
+    return {name: ROOT / special.get(name, name.replace(".", "/")) for name in tool["packages"]}
+
+
+def test_every_package_is_listed():
+    folders = {path.parent for top in ("fastenc", "kernels") for path in (ROOT / top).rglob("*.py")}
+    assert set(packages().values()) == folders
+    assert all((folder / "__init__.py").exists() for folder in folders)
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # it would hide Hugging Face's package of that name
+
+
+def test_sdist_holds_what_builds_and_tests_it(dist):
+    (path,) = dist.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for pattern in ("csrc/**/*.h", "csrc/**/*.cpp", "fastenc/**/*.py", "kernels/**/*.py", "tests/**/*.py"):
+        files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)}
+        assert files, pattern
+        assert files <= names
+    assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "CHANGELOG.md", "fastenc/py.typed"} <= names
+    assert not [name for name in names if name.endswith((".so", ".o"))]
+
+
+def test_wheel_holds_the_packages_and_the_libraries_and_nothing_else(wheel):
+    installed = {name for name in wheel.namelist() if not name.startswith(f"fastenc-{VERSION}.dist-info/")}
+    expected = {"fastenc/py.typed", "fastenc/_C.abi3.so", f"fastenc/{EAGER}.abi3.so"}
+    for package, folder in packages().items():
+        expected |= {f"{package.replace('.', '/')}/{path.name}" for path in folder.glob("*.py")}
+    assert installed == expected
+    assert "fastenc/kernels/__init__.py" in installed
+    assert wheel.read("fastenc/_C.abi3.so").startswith(b"\x7fELF")  # built, not the stale file in the checkout
+
+
+def test_wheel_tags(wheel):
+    # abi3 is the promise about Python alone; torch's version is checked when the libraries are loaded.
+    about = wheel.read(f"fastenc-{VERSION}.dist-info/WHEEL").decode()
+    assert re.findall(r"^Tag: (\S+)$", about, re.MULTILINE) == [Path(wheel.filename).stem.split("-", 2)[2]]
+    assert re.search(r"^Tag: cp310-abi3-(linux|macosx)_\w+$", about, re.MULTILINE)
+    assert "Root-Is-Purelib: false" in about
+
+
+def test_wheel_metadata(wheel):
+    info = f"fastenc-{VERSION}.dist-info"
+    assert wheel.read(f"{info}/entry_points.txt").decode().strip() == "[console_scripts]\nfastenc = fastenc.cli:main"
+    assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    metadata = wheel.read(f"{info}/METADATA").decode()
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata
+    core = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE)
+    assert sorted(core) == ["numpy", "safetensors", "torch"]
+
+
+def test_versions_agree():
+    assert fastenc.__version__ == VERSION
+    assert f"## {VERSION}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def needs(library: Path) -> set[str]:
+    """The symbols that a shared library takes from others."""
+    lines = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    return {line.split()[1].partition("@")[0] for line in lines.splitlines()}
+
+
+def test_kernels_need_nothing_that_may_change_with_torch_or_python():
+    symbols = needs(Path(importlib.util.find_spec("fastenc._C").origin))
+    assert {name for name in symbols if name.startswith(("Py", "_Py"))} == {"PyModule_Create2"}  # of the limited API
+    assert not {name for name in symbols if re.match(r"_ZN?K?(N2at|N3c10|N5torch)", name)}
+    assert "torch_library_impl" in symbols  # torch's C functions: the stable ABI
+
+
+def test_autograd_library_is_there_and_knows_no_python():
+    (library,) = Path(fastenc.__file__).parent.glob(f"{EAGER}.*")
+    symbols = needs(library)
+    assert not {name for name in symbols if name.startswith(("Py", "_Py"))}
+    assert {name for name in symbols if re.match(r"_ZNK?2at", name)}  # the C++ API: for one torch alone
