@@ -181,11 +181,16 @@ Tensor run_with_gradient(const Tensor& x, at::TensorList weights, at::TensorList
   return results[depth - 1];
 }
 
+// Whether all of keys is in allowed; operator- would keep the bit of the backend.
+bool only(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
+  return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
+}
+
 // A dense CPU tensor with nothing special about it: no subclass, transform, functional or quantised wrapper.
 bool is_plain(const Tensor& tensor, at::ScalarType dtype) {
   constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
                                         c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
-  return tensor.is_cpu() && tensor.scalar_type() == dtype && (tensor.key_set() - kPlain).empty() &&
+  return tensor.is_cpu() && tensor.scalar_type() == dtype && only(tensor.key_set(), kPlain) &&
          tensor.layout() == at::kStrided;
 }
 
@@ -196,7 +201,7 @@ bool is_eligible(const Tensor& x, at::TensorList weights, at::TensorList biases)
   if (!is_plain(x, dtype) || x.dim() == 0 || x.is_mkldnn()) return false;
   constexpr c10::DispatchKeySet kHarmless({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView,
                                            c10::DispatchKey::AutocastCPU});
-  if (!(c10::impl::tls_local_dispatch_key_set().included_ - kHarmless).empty()) return false;  // a mode or transform
+  if (!only(c10::impl::tls_local_dispatch_key_set().included_, kHarmless)) return false;  // a mode or transform
   int64_t width = x.size(-1);
   for (size_t l = 0; l < weights.size(); ++l) {
     const Tensor& weight = weights[l];
