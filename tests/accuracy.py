@@ -6,6 +6,7 @@ Everything here takes a stack of layers; one dense layer is a stack of one.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -227,10 +228,16 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def leave_nan_in_free_memory() -> None:
-    """Allocate, fill with NaN and free blocks of many sizes, so that what is not written is seen to be NaN."""
-    blocks = [torch.full((size // 4,), torch.nan) for size in (64, 256, 1024, 4096, 16384, 65536, 262144) * 8]
-    blocks.append(torch.full((1 << 20,), torch.nan))
+    """Take all of the process's free memory, fill it with NaN, and free it: what is not written is then seen.
+
+    glibc would map large blocks afresh, and give memory at the end back; it is told not to.
+    """
+    libc = ctypes.CDLL(None)
+    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        libc.mallopt(option, 1 << 30)
+    blocks = [torch.full((1 << size,), torch.nan) for size in range(4, 20) for _ in range(min(1000, 1 << (22 - size)))]
     del blocks
+    assert torch.empty(1 << 12).isnan().any()
 
 
 @contextlib.contextmanager
