@@ -12,6 +12,8 @@ namespace FASTENC_ISA {
 constexpr int64_t kChunkBytes = 2 << 20;  // of dZ, about: it is written and read again while in the L2 or L3 cache
 constexpr int64_t kLeastChunkBlocks = 4, kMostChunkBlocks = 32;
 constexpr int64_t kTallPanel = 256;      // outputs in one tile of a weight's gradient, which share a packed operand
+constexpr int64_t kFewRows = 4;          // up to here weights are read, and their gradients written, along their rows
+constexpr int64_t kLongPanel = 512;      // columns in one tile then
 constexpr int64_t kPackWeightRows = 96;  // from here on packing a weight pays for itself
 
 template <class T, class Op>
@@ -27,13 +29,14 @@ class Backward {
       while (bottom_ < args.depth && !wants_any(bottom_)) ++bottom_;
     if (bottom_ == args.depth) return;
     single_block_ = schedule_.blocks == 1;
+    few_rows_ = args.M <= kFewRows;
     const int64_t chunk_blocks = blocks_per_chunk();
     int64_t packed_size = 0, transposed_size = 0, bias_size = 0, sum_size = 0;
     for (int64_t l = bottom_; l < args.depth; ++l) {
       const Layer& layer = args.layers[l];
       Plan& plan = plans_.get()[l];
       const int64_t padded_out = round_up(layer.out, kLanes);
-      plan.packed = needs_grad_in(l) && (!std::is_same_v<T, float> || args.M >= kPackWeightRows);
+      plan.packed = needs_grad_in(l) && !few_rows_ && (!std::is_same_v<T, float> || args.M >= kPackWeightRows);
       plan.packed_offset = packed_size;
       if (plan.packed) packed_size += packed_depth<Op>(layer.out) * round_up(layer.in, kLanes);
       plan.transposed_offset = transposed_size;
@@ -41,7 +44,7 @@ class Backward {
       plan.bias_offset = bias_size;
       if (args.grad_biases[l] != nullptr) bias_size += (chunk_blocks + 1) * padded_out;
       plan.sum_offset = sum_size;
-      if (args.grad_weights[l] != nullptr && !std::is_same_v<T, float>) sum_size += layer.out * layer.in;
+      if (args.grad_weights[l] != nullptr && !few_rows_ && !std::is_same_v<T, float>) sum_size += layer.out * layer.in;
       widest_ = std::max(widest_, padded_out);
     }
     Scratch<Op> packed(packed_size), transposed(transposed_size);
@@ -118,7 +121,7 @@ class Backward {
       const Buffers buffers = {{dz.get(), dz.get() + size}, first};
       for (int64_t block = first; block < last; ++block) load_grad_out(buffers, block, first);
       for (int64_t l = top; l >= bottom_ && needs_grad_in(l); --l) {
-        const int64_t panels = panel_count(args_.layers[l].in);
+        const int64_t panels = in_tiles(l);
         run_tasks(runtime_, true, (last - first) * panels, [&] {
           return [&, guard = BrgemmGuard<Op>{runtime_}](int64_t i) {
             grad_in_tile(buffers, l, first + i / panels, i % panels, first);
@@ -138,7 +141,7 @@ class Backward {
         buffers.first_block = block;
         self->load_grad_out(buffers, block, first);
         for (int64_t l = self->args_.depth - 1; l >= self->bottom_ && self->needs_grad_in(l); --l)
-          for (int64_t panel = 0; panel < panel_count(self->args_.layers[l].in); ++panel)
+          for (int64_t panel = 0; panel < self->in_tiles(l); ++panel)
             self->grad_in_tile(buffers, l, block, panel, first);
       }
       Worker(Backward* backward, int64_t first_block, int64_t count)
@@ -170,9 +173,10 @@ class Backward {
   void grad_in_tile(const Buffers& buffers, int64_t l, int64_t block, int64_t panel, int64_t first) {
     const Layer& layer = args_.layers[l];
     const int64_t row = block * schedule_.block_rows, rows = schedule_.rows(block);
-    const int64_t col = panel * kPanel, cols = panel_columns(layer.in, panel);
     const int64_t ld_dz = round_up(layer.out, kLanes);
     const Op* dz = buffers.dz[l % 2] + (block - buffers.first_block) * schedule_.block_rows * ld_dz;
+    if (few_rows_) return grad_in_few_rows(buffers, l, panel, dz, ld_dz);
+    const int64_t col = panel * kPanel, cols = panel_columns(layer.in, panel);
     float C[kPanel * kPanel] __attribute__((aligned(64)));
     if (layer.out == 0) {
       std::memset(C, 0, sizeof C);
@@ -187,6 +191,40 @@ class Backward {
     if (l > bottom_) return finish_dz(buffers, l - 1, block, col, cols, first, C, kPanel);
     T* grad_x = static_cast<T*>(args_.grad_x) + row * layer.in + col;
     for (int64_t r = 0; r < rows; ++r) convert_row(C + r * kPanel, grad_x + r * layer.in, cols);
+  }
+
+  // The same for at most kFewRows rows: weights in the order in which they lie.
+  void grad_in_few_rows(const Buffers& buffers, int64_t l, int64_t panel, const Op* dz, int64_t ld_dz) {
+    const Layer& layer = args_.layers[l];
+    const int64_t col = panel * kLongPanel, cols = std::min(kLongPanel, layer.in - col);
+    const T* weight = static_cast<const T*>(layer.weight) + col;
+    float C[kFewRows * kLongPanel] __attribute__((aligned(64))) = {};
+    for (int64_t n = 0; n < layer.out; n += 4) {
+      const int64_t count = std::min<int64_t>(4, layer.out - n);
+      for (int64_t r = 0; r < args_.M; ++r) {
+        float factors[4] = {};
+        for (int64_t i = 0; i < count; ++i) factors[i] = to_float(dz[r * ld_dz + n + i]);
+        float* c = C + r * kLongPanel;
+        int64_t j = 0;
+        for (; count == 4 && j + kLanes <= cols; j += kLanes) {
+          const T* w = weight + n * layer.in + j;
+          const Vec sum01 = factors[0] * load(w) + factors[1] * load(w + layer.in);
+          const Vec sum23 = factors[2] * load(w + 2 * layer.in) + factors[3] * load(w + 3 * layer.in);
+          store(load(c + j) + (sum01 + sum23), c + j);
+        }
+        for (; j < cols; ++j)
+          for (int64_t i = 0; i < count; ++i) c[j] += factors[i] * to_float(weight[(n + i) * layer.in + j]);
+      }
+    }
+    for (int64_t sub = 0; sub < cols; sub += kPanel) {
+      const int64_t sub_cols = std::min(kPanel, cols - sub);
+      if (l > bottom_) {
+        finish_dz(buffers, l - 1, 0, col + sub, sub_cols, 0, C + sub, kLongPanel);
+        continue;
+      }
+      T* grad_x = static_cast<T*>(args_.grad_x) + col + sub;
+      for (int64_t r = 0; r < args_.M; ++r) convert_row(C + r * kLongPanel + sub, grad_x + r * layer.in, sub_cols);
+    }
   }
 
   // grad, the gradient at layer l's output, times the derivative: dZ. Stored for the layer below, transposed for the
@@ -275,16 +313,20 @@ class Backward {
     });
   }
 
+  // Tiles of a layer's inputs.
+  int64_t in_tiles(int64_t l) const { return ceil_div(args_.layers[l].in, few_rows_ ? kLongPanel : kPanel); }
+
   int64_t sum_tiles(int64_t l) const {
     const Layer& layer = args_.layers[l];
     if (!wants_any(l)) return 0;
     const bool weight = args_.grad_weights[l] != nullptr;
-    return ceil_div(layer.out, kTallPanel) * (weight ? std::max<int64_t>(1, panel_count(layer.in)) : 1);
+    return ceil_div(layer.out, kTallPanel) * (weight ? std::max<int64_t>(1, in_tiles(l)) : 1);
   }
 
   void weight_tile(int64_t l, int64_t out_panel, int64_t in_panel, int64_t first, int64_t last) {
     const Layer& layer = args_.layers[l];
     const int64_t row = out_panel * kTallPanel, rows = std::min(kTallPanel, layer.out - row);
+    if (few_rows_) return weight_few_rows(l, row, rows, in_panel);
     const int64_t col = in_panel * kPanel, cols = panel_columns(layer.in, in_panel);
     if (cols <= 0) return;
     const Matrix input = l == 0 ? args_.x : Matrix{args_.outs[l - 1], layer.in, 1};
@@ -328,6 +370,27 @@ class Backward {
     }
   }
 
+  // The same for at most kFewRows rows: a sum of so many outer products, written along the gradient's rows.
+  void weight_few_rows(int64_t l, int64_t row, int64_t rows, int64_t in_panel) {
+    const Layer& layer = args_.layers[l];
+    const int64_t col = in_panel * kLongPanel, cols = std::min(kLongPanel, layer.in - col);
+    if (cols <= 0) return;
+    const Matrix input = l == 0 ? args_.x : Matrix{args_.outs[l - 1], layer.in, 1};
+    float x[kFewRows * kLongPanel] __attribute__((aligned(64)));
+    T gathered[kLongPanel];
+    for (int64_t r = 0; r < args_.M; ++r)
+      convert_row(contiguous_row(input, r, col, cols, gathered), x + r * kLongPanel, cols);
+    const Op* dz = transposed_ + plans_.get()[l].transposed_offset + row * schedule_.block_rows;
+    T* grad = static_cast<T*>(args_.grad_weights[l]) + row * layer.in + col;
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t j = 0; j < cols; j += kLanes) {
+        Vec total = to_float(dz[n * schedule_.block_rows]) * load(x + j);
+        for (int64_t r = 1; r < args_.M; ++r)
+          total += to_float(dz[n * schedule_.block_rows + r]) * load(x + r * kLongPanel + j);
+        store_part(total, grad + n * layer.in + j, std::min(kLanes, cols - j));
+      }
+  }
+
   // c += sums.
   static void add_row(const float* sums, float* c, int64_t count) {
     for (int64_t i = 0; i < count; ++i) c[i] += sums[i];
@@ -357,6 +420,7 @@ class Backward {
   int64_t bottom_ = 0;  // the lowest layer that something is wanted of
   int64_t widest_ = 0;
   bool single_block_ = false;
+  bool few_rows_ = false;
 };
 
 template <class T, class Op>

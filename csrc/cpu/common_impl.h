@@ -39,7 +39,7 @@ class Scratch {
 };
 
 // Multiply-adds below which a second thread costs more than it brings (a parallel region takes about 5 us).
-constexpr int64_t kParallelWork = int64_t{1} << 20;
+constexpr int64_t kParallelWork = int64_t{1} << 21;
 
 // Rows per block. A block's activations stay in the L2 cache; small batches make small blocks, to have enough of them.
 FASTENC_INLINE int64_t rows_per_block(int64_t M) { return M >= 512 ? 64 : M >= 128 ? 32 : 16; }
