@@ -251,7 +251,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def path(name: str) -> Iterator[None]:
+def take_path(name: str) -> Iterator[None]:
     """One of PATHS, for a while."""
     if name == "functions":
         with pytest.MonkeyPatch.context() as patch:

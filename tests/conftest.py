@@ -24,7 +24,7 @@ def one_thread():
 @pytest.fixture(params=accuracy.PATHS)
 def path(request):
     """Each of the ways that run the layers on plain tensors."""
-    with accuracy.path(request.param):
+    with accuracy.take_path(request.param):
         yield request.param
 
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from accuracy import DTYPES, PATHS, assert_same, draw, fused, path, run, threads
+from accuracy import DTYPES, PATHS, assert_same, draw, fused, run, take_path, threads
 
 from fastenc.activation import ACTIVATIONS
 
@@ -39,7 +39,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(build, dtype, M, widths):
 @pytest.mark.parametrize("name", PATHS)
 def test_bits_are_the_same_again(name, activation):
     problem = draw(257, (128, 65, 33), activation)
-    with path(name):
+    with take_path(name):
         expected = run(fused, problem)
         for _ in range(3):
             assert_same(run(fused, problem), expected)
@@ -54,7 +54,7 @@ def test_callers_in_several_threads_at_once(name):
 
     def call(i: int) -> None:
         torch.set_num_threads(1)
-        with path(name):
+        with take_path(name):
             start.wait()
             for _ in range(50):
                 found[i] = run(fused, problems[i])
@@ -65,7 +65,7 @@ def test_callers_in_several_threads_at_once(name):
     for caller in callers:
         caller.join()
     for actual, problem in zip(found, problems, strict=True):
-        with threads(1), path(name):
+        with threads(1), take_path(name):
             assert_same(actual, run(fused, problem))
 
 
