@@ -153,11 +153,11 @@ struct Relu {
 
 struct LeakyRelu {
   static constexpr bool kSavesPreact = false;
-  static constexpr float kSlope = 0.01f;
+  static constexpr double kSlope = 0.01;  // also used in double, by ATen
   template <class V>
-  FASTENC_INLINE static V forward(V z) { return z > 0.0f ? z : z * kSlope; }
+  FASTENC_INLINE static V forward(V z) { return z > 0.0f ? z : z * float(kSlope); }
   template <class V>
-  FASTENC_INLINE static V backward(V grad, V out) { return out > 0.0f ? grad : grad * kSlope; }
+  FASTENC_INLINE static V backward(V grad, V out) { return out > 0.0f ? grad : grad * float(kSlope); }
 };
 
 struct Sigmoid {
@@ -240,5 +240,8 @@ FASTENC_INLINE bool saves_preact(ActivationKind kind) {
   with_activation(kind, [&](auto activation) { saves = decltype(activation)::kSavesPreact; });
   return saves;
 }
+
+// Whether the derivative reads the value (rather than the pre-activation, or nothing).
+FASTENC_INLINE bool reads_out(ActivationKind kind) { return kind != ActivationKind::kIdentity && !saves_preact(kind); }
 
 }  // namespace fastenc

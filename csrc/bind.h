@@ -155,24 +155,33 @@ std::vector<Tensor> run_backward(const Access& access, const Tensor& grad_out, c
   return grads;
 }
 
-// The backward pass from what run_forward returned with save.
+// Whether the gradients read the output of layer l.
+template <class Tensor>
+bool reads_result(const Stack<Tensor>& stack, size_t l, bool wants_next_weight) {
+  return reads_out(stack.layers[l].activation) || (l + 1 < stack.layers.size() && wants_next_weight);
+}
+
+// The backward pass from what run_forward returned with save. What the gradients do not read may be left out: any tensor
+// of one dimension stands for it.
 template <class Tensor>
 std::vector<Tensor> run_backward_from(const Access& access, const Tensor& grad_out, const Tensor& x,
                                       const Stack<Tensor>& stack, const Tensor* results, size_t count,
                                       const std::vector<int64_t>& wanted) {
   const size_t depth = stack.layers.size();
   std::vector<const void*> outs(depth, nullptr), preacts(depth, nullptr);
+  const auto pointer = [&](size_t i, size_t l) {
+    STD_TORCH_CHECK(i < count, "fastenc: results has too few tensors: ", count);
+    check_operand(results[i], x, 2, "a result that the gradients read");
+    STD_TORCH_CHECK(results[i].is_contiguous() && results[i].size(0) == x.size(0) &&
+                        results[i].size(1) == stack.layers[l].out,
+                    "fastenc: results must be what the forward pass returned");
+    return results[i].const_data_ptr();
+  };
   size_t next = depth;
   for (size_t l = 0; l < depth; ++l) {
-    const bool needs = saves_preact(stack.layers[l].activation);
-    STD_TORCH_CHECK(count > (needs ? next : l), "fastenc: results has too few tensors: ", count);
-    for (const size_t i : {l, needs ? next : l}) {
-      check_operand(results[i], x, 2, "a result");
-      STD_TORCH_CHECK(results[i].is_contiguous() && results[i].size(1) == stack.layers[l].out,
-                      "fastenc: results must be what the forward pass returned");
-    }
-    outs[l] = results[l].const_data_ptr();
-    if (needs) preacts[l] = results[next++].const_data_ptr();
+    const bool wants_next_weight = 2 * l + 3 < wanted.size() && wanted[2 * l + 3] != 0;
+    if (reads_result(stack, l, wants_next_weight)) outs[l] = pointer(l, l);
+    if (saves_preact(stack.layers[l].activation)) preacts[l] = pointer(next++, l);
   }
   return run_backward(access, grad_out, x, stack, outs, preacts, wanted);
 }

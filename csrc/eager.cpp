@@ -82,7 +82,7 @@ std::optional<Tensor> optional(const Tensor& tensor) {
 // own rather than a torch::autograd::Function, whose context costs 3 us a call.
 struct StackBackward : public torch::autograd::Node {
   std::vector<int64_t> activations;
-  int64_t in = 0;
+  int64_t in = 0, first_out = 0;
   SavedVariable x;  // unset where no gradient reads it
   std::vector<SavedVariable> weights, results;
   std::mutex mutex;
@@ -104,25 +104,27 @@ struct StackBackward : public torch::autograd::Node {
     variable_list saved_weights, saved_results;
     for (const SavedVariable& weight : weights) saved_weights.push_back(weight.unpack(self));
     for (const SavedVariable& result : results) saved_results.push_back(result.unpack(self));
+    Tensor grad_out = grad_results[depth - 1];
     // In the order of the kernels: x, then weight and bias of each layer.
     const auto input = [&](size_t i) { return i == 0 ? 0 : i % 2 == 1 ? 1 + i / 2 : depth + i / 2; };
     std::vector<int64_t> wanted(2 * depth + 1);
     for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = task_should_compute_output(input(i));
     variable_list ordered(2 * depth + 1);
 
-    bool only_last = grad_results[depth - 1].defined();
+    bool only_last = grad_out.defined();
     for (size_t i = 0; i < grad_results.size(); ++i) only_last &= i == depth - 1 || !grad_results[i].defined();
     if (only_last && !at::GradMode::is_enabled()) {
-      const Tensor& result = saved_results[0];
       const auto or_stand_in = [&](const Tensor& tensor, int64_t rows) {
-        return tensor.defined() ? tensor : at::new_empty(result, {1, 1}).expand({rows, in});
+        return tensor.defined() ? tensor : at::new_empty(grad_out, {1, 1}).expand({rows, in});
       };
-      const Tensor rows = or_stand_in(saved_x, result.size(0));
+      const Tensor rows = or_stand_in(saved_x, grad_out.size(0));
       Stack stack(depth);
-      stack.add(rows, or_stand_in(saved_weights[0], result.size(1)), std::nullopt, activations[0],
+      stack.add(rows, or_stand_in(saved_weights[0], first_out), std::nullopt, activations[0],
                 /* reads_weight */ wanted[0]);
+      for (Tensor& result : saved_results)
+        if (!result.defined()) result = at::new_empty(grad_out, {0});
       for (size_t l = 1; l < depth; ++l) stack.add(rows, saved_weights[l], std::nullopt, activations[l]);
-      variable_list grads = fastenc::run_backward_from(kernel_access(), grad_results[depth - 1], rows, stack,
+      variable_list grads = fastenc::run_backward_from(kernel_access(), grad_out, rows, stack,
                                                        saved_results.data(), saved_results.size(), wanted);
       for (size_t i = 0; i < grads.size(); ++i)
         if (wanted[i]) ordered[input(i)] = std::move(grads[i]);
@@ -131,7 +133,6 @@ struct StackBackward : public torch::autograd::Node {
 
     // To be differentiated again, or with gradients of hidden outputs: by formulas in ATen.
     size_t preact = grad_results.size();
-    Tensor grad_out = grad_results[depth - 1];
     for (size_t l = depth; l-- > 0;) {
       const bool from_preact = fastenc::saves_preact(static_cast<ActivationKind>(activations[l]));
       if (from_preact) --preact;
@@ -159,9 +160,9 @@ struct StackBackward : public torch::autograd::Node {
 Tensor run_with_gradient(const Tensor& x, at::TensorList weights, at::TensorList biases, at::IntArrayRef activations) {
   const size_t depth = activations.size();
   variable_list results;
+  Stack stack(depth);
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    Stack stack(depth);
     for (size_t l = 0; l < depth; ++l) stack.add(x, weights[l], optional(biases[l]), activations[l]);
     results = fastenc::run_forward(kernel_access(), x, stack, /* save */ true);
   }
@@ -169,6 +170,7 @@ Tensor run_with_gradient(const Tensor& x, at::TensorList weights, at::TensorList
   node->set_next_edges(torch::autograd::collect_next_edges(x, weights, biases));
   node->activations = activations.vec();
   node->in = x.size(1);
+  node->first_out = weights[0].size(0);
   torch::autograd::set_history(results, node);
   // The gradients read x only for the first weight's, and the first weight only for x's; what they do not read may
   // change or be freed, as with nn.Linear.
@@ -177,7 +179,10 @@ Tensor run_with_gradient(const Tensor& x, at::TensorList weights, at::TensorList
   node->results.reserve(results.size());
   for (size_t l = 0; l < depth; ++l)
     node->weights.emplace_back(l > 0 || x.requires_grad() ? weights[l] : Tensor(), /* is_output */ false);
-  for (const Tensor& result : results) node->results.emplace_back(result, /* is_output */ true);
+  for (size_t i = 0; i < results.size(); ++i) {
+    const bool read = i >= depth || fastenc::reads_result(stack, i, i + 1 < depth && weights[i + 1].requires_grad());
+    node->results.emplace_back(read ? results[i] : Tensor(), /* is_output */ true);
+  }
   return results[depth - 1];
 }
 

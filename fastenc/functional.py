@@ -69,11 +69,17 @@ class EncoderFunction(torch.autograd.Function):
         weights, biases = parameters[:depth], parameters[depth:]
         results = backend.encoder_forward(x, weights, biases, activations, True)
         needs_x, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
+        outs = list(results)
         ctx.mask = [needs_x]
         for needs_weight, needs_bias in zip(needs[:depth], needs[depth:], strict=True):
             ctx.mask += [needs_weight, needs_bias]
-        # The gradients read x only for the first weight's, and the first weight only for x's.
-        ctx.save_for_backward(x if needs[0] else None, weights[0] if needs_x else None, *weights[1:], *results)
+        # The gradients read x only for the first weight's, the first weight only for x's, and an output only for its
+        # derivative or the next weight's gradient.
+        for i, activation in enumerate(activations):
+            in_derivative = activation != "identity" and not get_activation(activation).saves_preact
+            if not (in_derivative or (i + 1 < depth and needs[i + 1])):
+                outs[i] = None
+        ctx.save_for_backward(x if needs[0] else None, weights[0] if needs_x else None, *weights[1:], *outs)
         ctx.set_materialize_grads(False)
         ctx.shapes = x.shape, weights[0].shape
         ctx.activations = activations
@@ -86,12 +92,14 @@ class EncoderFunction(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         weights, results = rest[:depth], rest[depth:]
         grad_out = grad_results[depth - 1]
+        given = next((grad for grad in grad_results if grad is not None), None)
+        if given is None:
+            return (None,) * (3 + 2 * depth)
         # A stand-in has the shape; what it stands for is not read.
-        x = results[0].new_empty(()).expand(ctx.shapes[0]) if x is None else x
-        weights[0] = x.new_empty(()).expand(ctx.shapes[1]) if weights[0] is None else weights[0]
-        only_last = grad_out is not None and all(
-            grad is None for i, grad in enumerate(grad_results) if i != depth - 1
-        )
+        x = given.new_empty(()).expand(ctx.shapes[0]) if x is None else x
+        weights[0] = given.new_empty(()).expand(ctx.shapes[1]) if weights[0] is None else weights[0]
+        results = [given.new_empty(0) if result is None else result for result in results]
+        only_last = grad_out is not None and all(grad is None for i, grad in enumerate(grad_results) if i != depth - 1)
         if only_last and not torch.is_grad_enabled() and ctx.backend is not reference:
             grads = ctx.backend.encoder_backward(grad_out, x, weights, results, ctx.activations, ctx.mask)
         else:
@@ -168,7 +176,11 @@ def encoder(
     traced = _traced_by()
     if traced is None and (operators := ops.everyday()):
         return operators.encoder.default(x, weights, biases, activation_codes(activations))
-    if len(weights) == 1 or x.dim() == 0 or (traced and not (torch.compiler.is_compiling() and _all_fit(x, weights, biases))):
+    if (
+        len(weights) == 1
+        or x.dim() == 0
+        or (traced and not (torch.compiler.is_compiling() and _all_fit(x, weights, biases)))
+    ):
         return _layer_by_layer(x, weights, biases, activations)
     if traced:
         x, *parameters = _autocast(x, *weights, *biases)

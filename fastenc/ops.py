@@ -88,13 +88,11 @@ def everyday():
 def select(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> ModuleType | None:
     """The backend to run these layers on; None for plain eager PyTorch. x is [M, K]."""
     forced = _forced.get()
-    if forced == "reference":
-        return _decide(x, weights, reference, "asked for")
     reasons = []
     for name in BACKENDS if forced == "auto" else (forced,):
         backend = BACKENDS[name]
-        if backend is reference:
-            continue
+        if backend is reference and forced == "auto":
+            continue  # eager PyTorch itself
         reason = _why_not(backend, x, weights, biases, forced == "auto")
         if reason is None:
             return _decide(x, weights, backend, "asked for" if forced == name else "fastest for these arguments")

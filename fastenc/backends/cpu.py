@@ -74,9 +74,7 @@ def why_slower(M: int, N: int, K: int, dtype: torch.dtype) -> str | None:
     return None
 
 
-def dense_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
-) -> tuple[Tensor, Tensor]:
+def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     """See `fastenc::dense_forward`."""
     return torch.ops.fastenc_cpu.dense_forward.default(x, weight, bias, activation_code(activation), save)
 
@@ -94,9 +92,7 @@ def encoder_forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str], save: bool
 ) -> list[Tensor]:
     """See `fastenc::encoder_forward`."""
-    return torch.ops.fastenc_cpu.encoder_forward.default(
-        x, weights, biases, activation_codes(activations), save
-    )
+    return torch.ops.fastenc_cpu.encoder_forward.default(x, weights, biases, activation_codes(activations), save)
 
 
 def encoder_backward(

@@ -22,12 +22,13 @@ def why_unavailable() -> str | None:
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why not these arguments, in words; None if they will do. What F.linear takes beyond them is left to it."""
+    if x.dim() != 2 or weight.dim() != 2:
+        return f"x and weight must have 2 dimensions; they are {tuple(x.shape)} and {tuple(weight.shape)}"
     return None
 
 
-def dense_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool
-) -> tuple[Tensor, Tensor]:
+def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     """See `fastenc::dense_forward`."""
     act = get_activation(activation)
     if weight.dim() == 2:
