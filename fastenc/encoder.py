@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Encoder(Pretrained, nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = self._modules["layers"]._modules.values()  # type: ignore[union-attr]
+        layers = cast("Iterable[FusedDense]", self.layers._modules.values())
         if self.training and self.dropout > 0:
             *hidden, last = layers
             for layer in hidden:
@@ -124,9 +124,9 @@ def _fusible(stack: nn.Module) -> list[nn.Module] | None:
     """The layers of an Encoder (or the one layer of a head) that may run as part of a longer stack; else None."""
     if _is_plain(stack, FusedDense):
         return [stack]
-    if not _is_plain(stack, Encoder) or (stack.training and stack.dropout > 0):
+    if not isinstance(stack, Encoder) or not _is_plain(stack, Encoder) or (stack.training and stack.dropout > 0):
         return None
-    return list(stack.layers)  # type: ignore[arg-type]
+    return list(stack.layers)
 
 
 def _run_both(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class AutoEncoder(Pretrained, nn.Module):
 
     def __init__(self, encoder: Encoder, final_activation: str = "identity") -> None:
         super().__init__()
-        first = encoder.layers[0]
+        first = cast(FusedDense, encoder.layers[0])
         self.encoder = encoder
         self.decoder = Encoder(
             encoder.out_features,
@@ -182,7 +182,7 @@ class _Head(Pretrained, nn.Module):
 
     def __init__(self, encoder: Encoder, out_features: int) -> None:
         super().__init__()
-        weight = encoder.layers[0].weight
+        weight = cast(FusedDense, encoder.layers[0]).weight
         self.encoder = encoder
         self.head = FusedDense(
             encoder.out_features, out_features, activation="identity", device=weight.device, dtype=weight.dtype

@@ -166,7 +166,7 @@ def _reference_encoder_backward(grad_out, x, weights, results, activations, outp
     grad_results: list[Tensor | None] = [None] * len(results)
     grad_results[len(weights) - 1] = grad_out
     grads = reference.encoder_backward(grad_results, x, weights, results, activations, output_mask)
-    return [grad if wanted and grad is not None else x.new_empty(0) for grad, wanted in zip(grads, output_mask)]
+    return [x.new_empty(0) if grad is None else grad for grad in grads]
 
 
 def _dense_forward_fake(x, weight, bias, activation, save):
@@ -213,11 +213,12 @@ def _dense_setup(ctx, inputs, output) -> None:
         preact = torch.nn.functional.linear(x, weight, bias)
     ctx.set_materialize_grads(False)
     ctx.activation = activation
-    ctx.save_for_backward(x, weight, preact if saves_preact else out)
+    ctx.save_for_backward(x, weight, preact if saves_preact else None if activation == "identity" else out)
 
 
 def _dense_forward_backward(ctx, grad_out, grad_preact):
     x, weight, saved = ctx.saved_tensors
+    saved = grad_out if saved is None else saved
     mask = [bool(wanted) for wanted in ctx.needs_input_grad[:3]]
     if not get_activation(ctx.activation).saves_preact:
         grad_preact = None  # of an empty tensor
