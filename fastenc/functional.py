@@ -138,7 +138,7 @@ def fused_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, activatio
             x.reshape(-1, weight.shape[1]), weight, bias, activation, torch.is_grad_enabled()
         )
         return out.reshape(*x.shape[:-1], weight.shape[0])
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasts(x.device.type):
         x, weight, bias = _autocast(x, weight, bias)
     rows = x if x.dim() == 2 else _rows(x)
     backend = None if traced else ops.select(rows, (weight,), (bias,))
@@ -193,7 +193,7 @@ def encoder(
             x.reshape(-1, x.shape[-1]), weights, biases, list(activations), save
         )
         return results[len(weights) - 1 if save else 0].reshape(*x.shape[:-1], weights[-1].shape[0])
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasts(x.device.type):
         x, *parameters = _autocast(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     rows = x if x.dim() == 2 else _rows(x)
@@ -261,10 +261,14 @@ def _all_fit(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     )
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _autocast(x: Tensor, *parameters: Tensor | None) -> list[Any]:
     """Cast to autocast's dtype what F.linear would: floating-point tensors, but for fp64."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocasts(device):
         return [x, *parameters]
     dtype = torch.get_autocast_dtype(device)
     return [

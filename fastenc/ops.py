@@ -249,7 +249,9 @@ def _encoder_forward_backward(ctx, grad_results):
         raise RuntimeError("fastenc::encoder_forward was called with save=False; its gradient needs save=True")
     x, *rest = ctx.saved_tensors
     weights, results = rest[: ctx.depth], rest[ctx.depth :]
-    needs_x, needs_weights, needs_biases = ctx.needs_input_grad[:3]
+    needs_x, *needs_lists = ctx.needs_input_grad[:3]
+    # For a list of which no item needs a gradient, one False.
+    needs_weights, needs_biases = ([needs] * ctx.depth if isinstance(needs, bool) else needs for needs in needs_lists)
     mask = [bool(needs_x)]
     for needs_weight, needs_bias in zip(needs_weights, needs_biases, strict=True):
         mask += [bool(needs_weight), bool(needs_bias)]
