@@ -22,7 +22,8 @@ class Activation:
     """An activation and its derivative.
 
     `forward(preact) -> out`, elementwise, any shape.
-    `backward(grad_out, saved) -> grad_preact`, itself differentiable; `saved` is `preact` if `saves_preact`, else `out`.
+    `backward(grad_out, saved) -> grad_preact`, itself differentiable. `saved` is `preact` if `saves_preact`,
+    else `out`.
     """
 
     forward: Callable[[Tensor], Tensor]

@@ -250,7 +250,7 @@ def _encoder_forward_backward(ctx, grad_results):
     x, *rest = ctx.saved_tensors
     weights, results = rest[: ctx.depth], rest[ctx.depth :]
     needs_x, *needs_lists = ctx.needs_input_grad[:3]
-    # For a list of which no item needs a gradient, one False.
+    # A list without tensors (no layer has a bias) counts as one input, which needs nothing.
     needs_weights, needs_biases = ([needs] * ctx.depth if isinstance(needs, bool) else needs for needs in needs_lists)
     mask = [bool(needs_x)]
     for needs_weight, needs_bias in zip(needs_weights, needs_biases, strict=True):
@@ -263,7 +263,8 @@ def _encoder_forward_backward(ctx, grad_results):
     else:
         grads = reference.encoder_backward(grad_results, x, weights, results, ctx.activations, mask)
     grads = [grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)]
-    return grads[0], grads[1::2], grads[2::2], None, None
+    of_biases = None if isinstance(needs_lists[1], bool) else grads[2::2]
+    return grads[0], grads[1::2], of_biases, None, None
 
 
 def _dense_forward_vmap(info, in_dims, x, weight, bias, activation, save):
