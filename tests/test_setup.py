@@ -94,7 +94,9 @@ with warnings.catch_warnings(record=True) as caught:
     import fastenc, torch
     assert not caught, caught[0].message
     layer = fastenc.FusedDense(3, 2)
-    x = torch.rand(5, 3)
+    x = torch.arange(15.0).reshape(5, 3)
+    for parameter in layer.parameters():  # integers: every sum is exact, whatever its order
+        parameter.data = torch.arange(float(parameter.numel())).reshape(parameter.shape) - 3
     for _ in range(3):
         assert torch.equal(layer(x), torch.relu(torch.nn.functional.linear(x, layer.weight, layer.bias)))
         fastenc.Encoder(3, (4, 2))(x).sum().backward()
