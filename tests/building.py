@@ -80,8 +80,16 @@ def unpack(wheels: Path, folder: Path) -> Path:
     return folder
 
 
+# An editable install finds the modules that the package in the folder lacks.
+NOT_EDITABLE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
+"""
+
+
 def python(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run `program` where `import fastenc` finds the one in `folder`."""
+    """Run `program` where `import fastenc` finds the one in `folder`, and that alone."""
+    program = NOT_EDITABLE + program
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
