@@ -35,6 +35,18 @@ def test_bits_do_not_depend_on_the_number_of_threads(build, dtype, M, widths):
             assert_same(run(fused, problem), expected)
 
 
+@pytest.mark.parametrize("name", ["everyday", "functions"])
+def test_bits_of_a_stack_do_not_depend_on_the_number_of_threads(name):
+    """Of what users call, without force."""
+    problem = draw(2050, (65, 40, 16), "tanh")
+    with take_path(name):
+        with threads(1):
+            expected = run(fused, problem)
+        for number in (2, 3, 4):
+            with threads(number):
+                assert_same(run(fused, problem), expected)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", PATHS)
 def test_bits_are_the_same_again(name, activation):

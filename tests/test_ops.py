@@ -108,17 +108,23 @@ def test_what_is_not_saved_is_empty(backend):
 
 
 def test_double_backward_through_the_operator():
-    problem = draw(12, (6, 5), "gelu")
-    results = []
-    for forward in (
-        lambda x, w, b: torch.ops.fastenc.dense_forward(x, w, b, "gelu", True)[0],
-        lambda x, w, b: eager(x, [w], [b], ["gelu"]),
-    ):
-        leaves = [t.detach().clone().requires_grad_() for t in (problem.x, problem.weights[0], problem.biases[0])]
-        grads = torch.autograd.grad(forward(*leaves).sum(), leaves, create_graph=True)
-        results.append(torch.autograd.grad(sum(g.pow(2).sum() for g in grads), leaves))
-    for actual, expected in zip(*results, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    def by_operator(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.ops.fastenc.dense_forward(x, weight, bias, "gelu", True)[0]
+
+    def by_eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return eager(x, [weight], [bias], ["gelu"])
+
+    worst = Worst()
+    for seed in range(8):
+        problem = draw(40, (16, 17), "gelu", seed=seed)
+        sides = []
+        for forward, dtype in ((by_operator, torch.float32), (by_eager, torch.float32), (by_eager, torch.float64)):
+            leaves = [t.detach().to(dtype).requires_grad_() for t in problem.leaves().values()]
+            grads = torch.autograd.grad(forward(*leaves).sum(), leaves, create_graph=True)
+            second = torch.autograd.grad(sum(grad.pow(2).sum() for grad in grads), leaves)
+            sides.append({str(i): grad for i, grad in enumerate(second)})
+        worst.add(*sides)
+    worst.check()
 
 
 def test_gradient_of_a_stack_that_saved_nothing_is_refused():
@@ -259,3 +265,38 @@ def test_no_warning_where_eager_is_asked_for(no_extension):
 def test_forcing_what_is_not_there(no_extension):
     with pytest.raises(RuntimeError, match=r"backend 'cpu' is not available: .* is not built"):
         fastenc.use_backend("cpu")
+
+
+# The cpu backend in words.
+
+
+def test_configure():
+    before = cpu.describe()
+    with cpu.configured("generic", False) as description:
+        assert description == cpu.describe() == "generic, no brgemm"
+    assert cpu.describe() == before
+    with pytest.raises(ValueError, match="this CPU cannot run kernels built for 'sse9'"):
+        cpu.configure("sse9", True)
+    assert cpu.describe() == before
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias", "reason"),
+    [
+        (
+            X.double(),
+            WEIGHT.double(),
+            None,
+            "the kernels take fp32, bf16 or fp16; x is torch.float64, weight torch.float64",
+        ),
+        (X, WEIGHT.bfloat16(), None, "x is torch.float32, weight torch.bfloat16"),
+        (X.to("meta"), WEIGHT, None, "the kernels run on the CPU; x is on meta, weight on cpu"),
+        (X.to_sparse_coo(), WEIGHT, None, "not plain dense tensors"),
+        (X, WEIGHT[:, 1:], None, "shapes do not match: x (64, 64), weight (32, 63)"),
+        (X, WEIGHT, torch.ones(31), "bias is torch.float32 (31,) on cpu; it must be torch.float32 (32,)"),
+        (X, WEIGHT, torch.ones(32).half(), "bias is torch.float16 (32,) on cpu"),
+    ],
+)
+def test_why_not(x, weight, bias, reason):
+    assert reason in cpu.why_not(x, weight, bias)
+    assert cpu.why_not(X, WEIGHT, torch.ones(32)) is None
