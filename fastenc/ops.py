@@ -93,7 +93,7 @@ def select(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
         backend = BACKENDS[name]
         if backend is reference and forced == "auto":
             continue  # eager PyTorch itself
-        reason = _why_not(backend, x, weights, biases, forced == "auto")
+        reason = _why_not(backend, x, weights, biases)
         if reason is None:
             return _decide(x, weights, backend, "asked for" if forced == name else "fastest for these arguments")
         reasons.append(f"{name}: {reason}")
@@ -102,16 +102,12 @@ def select(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     return _decide(x, weights, None, "; ".join(reasons))
 
 
-def _why_not(
-    backend: ModuleType, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], only_if_faster: bool
-) -> str | None:
+def _why_not(backend: ModuleType, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> str | None:
     if reason := backend.why_not(x, weights[0], biases[0]):
         return reason
-    if len(weights) == 1:
-        return backend.why_slower(x.shape[0], *weights[0].shape, x.dtype) if only_if_faster else None
     # The layers above take what the ones below give: a stand-in of the right width, dtype and device.
     for below, weight, bias in zip(weights, weights[1:], biases[1:], strict=False):
-        if reason := backend.why_not(below.detach()[:, :0].new_empty(()).expand(1, below.shape[0]), weight, bias):
+        if reason := backend.why_not(below.detach().new_empty(()).expand(1, below.shape[0]), weight, bias):
             return reason
     return None
 

@@ -13,7 +13,7 @@ constexpr int64_t kChunkBytes = 2 << 20;  // of dZ, about: it is written and rea
 constexpr int64_t kLeastChunkBlocks = 4, kMostChunkBlocks = 32;
 constexpr int64_t kTallPanel = 256;      // outputs in one tile of a weight's gradient, which share a packed operand
 constexpr int64_t kFewRows = 4;          // up to here weights are read, and their gradients written, along their rows
-constexpr int64_t kLongPanel = 512;      // columns in one tile then
+constexpr int64_t kLongPanel = 512;      // columns in one tile of an input's gradient then
 constexpr int64_t kPackWeightRows = 96;  // from here on packing a weight pays for itself
 
 template <class T, class Op>
@@ -320,13 +320,13 @@ class Backward {
     const Layer& layer = args_.layers[l];
     if (!wants_any(l)) return 0;
     const bool weight = args_.grad_weights[l] != nullptr;
-    return ceil_div(layer.out, kTallPanel) * (weight ? std::max<int64_t>(1, in_tiles(l)) : 1);
+    return ceil_div(layer.out, kTallPanel) * (weight && !few_rows_ ? std::max<int64_t>(1, panel_count(layer.in)) : 1);
   }
 
   void weight_tile(int64_t l, int64_t out_panel, int64_t in_panel, int64_t first, int64_t last) {
     const Layer& layer = args_.layers[l];
     const int64_t row = out_panel * kTallPanel, rows = std::min(kTallPanel, layer.out - row);
-    if (few_rows_) return weight_few_rows(l, row, rows, in_panel);
+    if (few_rows_) return weight_few_rows(l, row, rows);
     const int64_t col = in_panel * kPanel, cols = panel_columns(layer.in, in_panel);
     if (cols <= 0) return;
     const Matrix input = l == 0 ? args_.x : Matrix{args_.outs[l - 1], layer.in, 1};
@@ -371,23 +371,22 @@ class Backward {
   }
 
   // The same for at most kFewRows rows: a sum of so many outer products, written along the gradient's rows.
-  void weight_few_rows(int64_t l, int64_t row, int64_t rows, int64_t in_panel) {
+  void weight_few_rows(int64_t l, int64_t row, int64_t rows) {
     const Layer& layer = args_.layers[l];
-    const int64_t col = in_panel * kLongPanel, cols = std::min(kLongPanel, layer.in - col);
-    if (cols <= 0) return;
     const Matrix input = l == 0 ? args_.x : Matrix{args_.outs[l - 1], layer.in, 1};
-    float x[kFewRows * kLongPanel] __attribute__((aligned(64)));
-    T gathered[kLongPanel];
+    const int64_t ld = round_up(layer.in, kLanes);
+    Scratch<float> x(args_.M * ld);
+    Scratch<T> gathered(layer.in);
     for (int64_t r = 0; r < args_.M; ++r)
-      convert_row(contiguous_row(input, r, col, cols, gathered), x + r * kLongPanel, cols);
+      convert_row(contiguous_row(input, r, 0, layer.in, gathered.get()), x.get() + r * ld, layer.in);
     const Op* dz = transposed_ + plans_.get()[l].transposed_offset + row * schedule_.block_rows;
-    T* grad = static_cast<T*>(args_.grad_weights[l]) + row * layer.in + col;
+    T* grad = static_cast<T*>(args_.grad_weights[l]) + row * layer.in;
     for (int64_t n = 0; n < rows; ++n)
-      for (int64_t j = 0; j < cols; j += kLanes) {
-        Vec total = to_float(dz[n * schedule_.block_rows]) * load(x + j);
+      for (int64_t j = 0; j < layer.in; j += kLanes) {
+        Vec total = to_float(dz[n * schedule_.block_rows]) * load(x.get() + j);
         for (int64_t r = 1; r < args_.M; ++r)
-          total += to_float(dz[n * schedule_.block_rows + r]) * load(x + r * kLongPanel + j);
-        store_part(total, grad + n * layer.in + j, std::min(kLanes, cols - j));
+          total += to_float(dz[n * schedule_.block_rows + r]) * load(x.get() + r * ld + j);
+        store_part(total, grad + n * layer.in + j, std::min(kLanes, layer.in - j));
       }
   }
 

@@ -69,11 +69,6 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return None
 
 
-def why_slower(M: int, N: int, K: int, dtype: torch.dtype) -> str | None:
-    """Why eager PyTorch is faster for one dense layer of this shape; None if it is not."""
-    return None
-
-
 def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     """See `fastenc::dense_forward`."""
     return torch.ops.fastenc_cpu.dense_forward.default(x, weight, bias, activation_code(activation), save)
