@@ -82,10 +82,11 @@ class Encoder(Pretrained, nn.Module):
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does nothing but its class's forward: no subclass, parametrization or hook."""
+    """Whether calling the module does nothing but its class's forward: no subclass, parametrization, hook or wrapper."""
     state = module.__dict__
     return type(module) is kind and not (
-        state["_forward_hooks"]
+        "forward" in state
+        or state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]

@@ -115,7 +115,8 @@ _configuration: list[str] = []
 def configure(isa: str, brgemm: bool) -> str:
     """Choose the instruction set ("auto", "generic", "avx2", "avx512") and whether libtorch's brgemm may be used.
 
-    Process-wide; not while kernels run. Returns what is now in use. Raises RuntimeError if this CPU lacks `isa`.
+    Process-wide; not while kernels run. Returns what is now in use. Raises ValueError if this CPU lacks `isa`,
+    RuntimeError if there are no kernels at all.
     """
     if reason := why_unavailable():
         raise RuntimeError(f"the cpu backend is not available: {reason}")
