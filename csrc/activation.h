@@ -1,5 +1,5 @@
-// One struct per activation: its value and its derivative. Shared by the CPU and the CUDA kernels: V is a float, or on the
-// CPU a vector of floats.
+// One struct per activation: its value and its derivative. Shared by the CPU and the CUDA kernels: V is a float, or on
+// the CPU a vector of floats.
 //
 // forward(z) is the value at the pre-activation z. backward(grad, saved) is grad times the derivative, where saved is z
 // if kSavesPreact and the value otherwise. NaN and Inf behave as in PyTorch's own activations: relu(NaN) is NaN, and
@@ -138,42 +138,62 @@ FASTENC_INLINE V sigmoid(V x) {
 struct Identity {
   static constexpr bool kSavesPreact = false;
   template <class V>
-  FASTENC_INLINE static V forward(V z) { return z; }
+  FASTENC_INLINE static V forward(V z) {
+    return z;
+  }
   template <class V>
-  FASTENC_INLINE static V backward(V grad, V) { return grad; }
+  FASTENC_INLINE static V backward(V grad, V) {
+    return grad;
+  }
 };
 
 struct Relu {
   static constexpr bool kSavesPreact = false;
   template <class V>
-  FASTENC_INLINE static V forward(V z) { return z <= 0.0f ? V{} : z; }
+  FASTENC_INLINE static V forward(V z) {
+    return z <= 0.0f ? V{} : z;
+  }
   template <class V>
-  FASTENC_INLINE static V backward(V grad, V out) { return out <= 0.0f ? V{} : grad; }
+  FASTENC_INLINE static V backward(V grad, V out) {
+    return out <= 0.0f ? V{} : grad;
+  }
 };
 
 struct LeakyRelu {
   static constexpr bool kSavesPreact = false;
   static constexpr double kSlope = 0.01;  // also used in double, by ATen
   template <class V>
-  FASTENC_INLINE static V forward(V z) { return z > 0.0f ? z : z * float(kSlope); }
+  FASTENC_INLINE static V forward(V z) {
+    return z > 0.0f ? z : z * float(kSlope);
+  }
   template <class V>
-  FASTENC_INLINE static V backward(V grad, V out) { return out > 0.0f ? grad : grad * float(kSlope); }
+  FASTENC_INLINE static V backward(V grad, V out) {
+    return out > 0.0f ? grad : grad * float(kSlope);
+  }
 };
 
 struct Sigmoid {
   static constexpr bool kSavesPreact = false;
   template <class V>
-  FASTENC_INLINE static V forward(V z) { return math::sigmoid(z); }
+  FASTENC_INLINE static V forward(V z) {
+    return math::sigmoid(z);
+  }
   template <class V>
-  FASTENC_INLINE static V backward(V grad, V out) { return grad * (1.0f - out) * out; }
+  FASTENC_INLINE static V backward(V grad, V out) {
+    return grad * (1.0f - out) * out;
+  }
 };
 
 struct Tanh {
   static constexpr bool kSavesPreact = false;
   template <class V>
-  FASTENC_INLINE static V forward(V z) { return math::tanh(z); }
+  FASTENC_INLINE static V forward(V z) {
+    return math::tanh(z);
+  }
   template <class V>
-  FASTENC_INLINE static V backward(V grad, V out) { return grad * (1.0f - out * out); }
+  FASTENC_INLINE static V backward(V grad, V out) {
+    return grad * (1.0f - out * out);
+  }
 };
 
 // z * Phi(z), Phi the normal distribution function.
@@ -182,7 +202,9 @@ struct Gelu {
   static constexpr float kSqrtHalf = 0.70710678118654752f;
   static constexpr float kInvSqrt2Pi = 0.39894228040143268f;
   template <class V>
-  FASTENC_INLINE static V forward(V z) { return z * 0.5f * (1.0f + math::erf(z * kSqrtHalf)); }
+  FASTENC_INLINE static V forward(V z) {
+    return z * 0.5f * (1.0f + math::erf(z * kSqrtHalf));
+  }
   template <class V>
   FASTENC_INLINE static V backward(V grad, V z) {
     const V cdf = 0.5f * (1.0f + math::erf(z * kSqrtHalf));
@@ -197,9 +219,13 @@ struct GeluTanh {
   static constexpr float kBeta = 0.79788456080286536f;
   static constexpr float kKappa = 0.044715f;
   template <class V>
-  FASTENC_INLINE static V inner(V z) { return kBeta * (z + kKappa * z * z * z); }
+  FASTENC_INLINE static V inner(V z) {
+    return kBeta * (z + kKappa * z * z * z);
+  }
   template <class V>
-  FASTENC_INLINE static V forward(V z) { return 0.5f * z * (1.0f + math::tanh(inner(z))); }
+  FASTENC_INLINE static V forward(V z) {
+    return 0.5f * z * (1.0f + math::tanh(inner(z)));
+  }
   template <class V>
   FASTENC_INLINE static V backward(V grad, V z) {
     const V t = math::tanh(inner(z));
@@ -212,7 +238,9 @@ struct GeluTanh {
 struct Silu {
   static constexpr bool kSavesPreact = true;
   template <class V>
-  FASTENC_INLINE static V forward(V z) { return z / (1.0f + math::exp(-z)); }
+  FASTENC_INLINE static V forward(V z) {
+    return z / (1.0f + math::exp(-z));
+  }
   template <class V>
   FASTENC_INLINE static V backward(V grad, V z) {
     const V s = math::sigmoid(z);

@@ -1,6 +1,6 @@
-// From tensors to the kernels' raw pointers: checks, allocation, and what each pass returns. The same text serves torch's
-// stable ABI (ops.cpp) and its C++ API (eager.cpp): Tensor is torch::stable::Tensor or at::Tensor, and each file defines,
-// before it includes this, for its Tensor
+// From tensors to the kernels' raw pointers: checks, allocation, and what each pass returns. The same text serves
+// torch's stable ABI (ops.cpp) and its C++ API (eager.cpp): Tensor is torch::stable::Tensor or at::Tensor, and each
+// file defines, before it includes this, for its Tensor
 //   Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes)   // contiguous, on the CPU
 //   Tensor new_contiguous(const Tensor&)
 //   void fill_zero(Tensor&)
@@ -76,7 +76,8 @@ struct Stack {
                       bias->size(0), "]");
       bias_data = data(*bias);
     }
-    layers.push_back({reads_weight ? data(weight) : nullptr, bias_data, in, out, static_cast<ActivationKind>(activation)});
+    layers.push_back(
+        {reads_weight ? data(weight) : nullptr, bias_data, in, out, static_cast<ActivationKind>(activation)});
   }
 
  private:
@@ -87,8 +88,8 @@ struct Stack {
   }
 };
 
-// Runs the forward pass. Returns the outputs of all layers, then the pre-activations of those that need them; or, unless
-// save, the last output alone.
+// Runs the forward pass. Returns the outputs of all layers, then the pre-activations of those that need them; or,
+// unless save, the last output alone.
 template <class Tensor>
 std::vector<Tensor> run_forward(const Access& access, const Tensor& x, const Stack<Tensor>& stack, bool save) {
   const size_t depth = stack.layers.size();
@@ -107,25 +108,25 @@ std::vector<Tensor> run_forward(const Access& access, const Tensor& x, const Sta
   }
   if (M > 0)
     access.kernels().forward({dtype_of(x), M, static_cast<int64_t>(depth), stack.layers.data(), matrix(x),
-                                pointers.data(), pointers.data() + depth},
-                               access.runtime());
+                              pointers.data(), pointers.data() + depth},
+                             access.runtime());
   return results;
 }
 
 // Runs the backward pass. wanted and the result: grad_x, then grad_weight and grad_bias of each layer; what is not
 // wanted is an empty tensor.
 template <class Tensor>
-std::vector<Tensor> run_backward(const Access& access, const Tensor& grad_out, const Tensor& x, const Stack<Tensor>& stack,
-                                 const std::vector<const void*>& outs, const std::vector<const void*>& preacts,
-                                 const std::vector<int64_t>& wanted) {
+std::vector<Tensor> run_backward(const Access& access, const Tensor& grad_out, const Tensor& x,
+                                 const Stack<Tensor>& stack, const std::vector<const void*>& outs,
+                                 const std::vector<const void*>& preacts, const std::vector<int64_t>& wanted) {
   const size_t depth = stack.layers.size();
   const int64_t M = x.size(0);
   STD_TORCH_CHECK(wanted.size() == 2 * depth + 1, "fastenc: the mask must have ", 2 * depth + 1, " entries, not ",
                   wanted.size());
   check_operand(grad_out, x, 2, "grad_out");
   STD_TORCH_CHECK(grad_out.size(0) == M && grad_out.size(1) == stack.layers.back().out,
-                  "fastenc: shapes do not match: grad_out [", grad_out.size(0), ", ", grad_out.size(1),
-                  "], output [", M, ", ", stack.layers.back().out, "]");
+                  "fastenc: shapes do not match: grad_out [", grad_out.size(0), ", ", grad_out.size(1), "], output [",
+                  M, ", ", stack.layers.back().out, "]");
   std::vector<Tensor> grads;
   grads.reserve(wanted.size());
   std::vector<void*> pointers(wanted.size(), nullptr), grad_weights(depth), grad_biases(depth);
@@ -148,10 +149,10 @@ std::vector<Tensor> run_backward(const Access& access, const Tensor& grad_out, c
     grad_biases[l] = pointers[2 * l + 2];
   }
   if (M > 0)
-    access.kernels().backward({dtype_of(x), M, static_cast<int64_t>(depth), stack.layers.data(), matrix(x),
-                                 matrix(grad_out), outs.data(), preacts.data(), pointers[0], grad_weights.data(),
-                                 grad_biases.data()},
-                                access.runtime());
+    access.kernels().backward(
+        {dtype_of(x), M, static_cast<int64_t>(depth), stack.layers.data(), matrix(x), matrix(grad_out), outs.data(),
+         preacts.data(), pointers[0], grad_weights.data(), grad_biases.data()},
+        access.runtime());
   return grads;
 }
 
@@ -161,8 +162,8 @@ bool reads_result(const Stack<Tensor>& stack, size_t l, bool wants_next_weight) 
   return reads_out(stack.layers[l].activation) || (l + 1 < stack.layers.size() && wants_next_weight);
 }
 
-// The backward pass from what run_forward returned with save. What the gradients do not read may be left out: any tensor
-// of one dimension stands for it.
+// The backward pass from what run_forward returned with save. What the gradients do not read may be left out: any
+// tensor of one dimension stands for it.
 template <class Tensor>
 std::vector<Tensor> run_backward_from(const Access& access, const Tensor& grad_out, const Tensor& x,
                                       const Stack<Tensor>& stack, const Tensor* results, size_t count,
@@ -172,9 +173,9 @@ std::vector<Tensor> run_backward_from(const Access& access, const Tensor& grad_o
   const auto pointer = [&](size_t i, size_t l) {
     STD_TORCH_CHECK(i < count, "fastenc: results has too few tensors: ", count);
     check_operand(results[i], x, 2, "a result that the gradients read");
-    STD_TORCH_CHECK(results[i].is_contiguous() && results[i].size(0) == x.size(0) &&
-                        results[i].size(1) == stack.layers[l].out,
-                    "fastenc: results must be what the forward pass returned");
+    STD_TORCH_CHECK(
+        results[i].is_contiguous() && results[i].size(0) == x.size(0) && results[i].size(1) == stack.layers[l].out,
+        "fastenc: results must be what the forward pass returned");
     return results[i].const_data_ptr();
   };
   size_t next = depth;

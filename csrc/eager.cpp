@@ -1,7 +1,7 @@
 // The everyday path of the CPU backend: fused layers and their autograd in C++, in one call from Python. torch's stable
-// ABI offers no autograd, so this file is built on the C++ API, for one version of torch; with any other, the same layers
-// run through autograd Functions in Python (fastenc/functional.py). One dense layer, forward and backward, costs 20 us
-// here, 39 us there and 35 us in eager PyTorch (1 x 16 x 16).
+// ABI offers no autograd, so this file is built on the C++ API, for one version of torch; with any other, the same
+// layers run through autograd Functions in Python (fastenc/functional.py). One dense layer, forward and backward, costs
+// 20 us here, 39 us there and 35 us in eager PyTorch (1 x 16 x 16).
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
@@ -124,8 +124,8 @@ struct StackBackward : public torch::autograd::Node {
       for (Tensor& result : saved_results)
         if (!result.defined()) result = at::new_empty(grad_out, {0});
       for (size_t l = 1; l < depth; ++l) stack.add(rows, saved_weights[l], std::nullopt, activations[l]);
-      variable_list grads = fastenc::run_backward_from(kernel_access(), grad_out, rows, stack,
-                                                       saved_results.data(), saved_results.size(), wanted);
+      variable_list grads = fastenc::run_backward_from(kernel_access(), grad_out, rows, stack, saved_results.data(),
+                                                       saved_results.size(), wanted);
       for (size_t i = 0; i < grads.size(); ++i)
         if (wanted[i]) ordered[input(i)] = std::move(grads[i]);
       return ordered;
@@ -204,8 +204,8 @@ bool is_eligible(const Tensor& x, at::TensorList weights, at::TensorList biases)
   const at::ScalarType dtype = x.scalar_type();
   if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) return false;
   if (!is_plain(x, dtype) || x.dim() == 0 || x.is_mkldnn()) return false;
-  constexpr c10::DispatchKeySet kHarmless({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView,
-                                           c10::DispatchKey::AutocastCPU});
+  constexpr c10::DispatchKeySet kHarmless(
+      {c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
   if (!only(c10::impl::tls_local_dispatch_key_set().included_, kHarmless)) return false;  // a mode or transform
   int64_t width = x.size(-1);
   for (size_t l = 0; l < weights.size(); ++l) {
@@ -223,8 +223,7 @@ Tensor run_stack(const Tensor& x, at::TensorList parameters, at::IntArrayRef act
   const at::TensorList weights = parameters.slice(0, depth), biases = parameters.slice(depth, depth);
   if (!is_eligible(x, weights, biases)) {
     Tensor out = x;
-    for (size_t l = 0; l < depth; ++l)
-      out = activate(at::linear(out, weights[l], optional(biases[l])), activations[l]);
+    for (size_t l = 0; l < depth; ++l) out = activate(at::linear(out, weights[l], optional(biases[l])), activations[l]);
     return out;
   }
   Tensor rows = x.dim() == 2 ? x : x.reshape({c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), x.size(-1)});

@@ -101,7 +101,8 @@ STABLE_TORCH_LIBRARY(fastenc_cpu, m) {
       "int grad_weight, int grad_bias) -> (Tensor, Tensor, Tensor)");
   m.def("encoder_forward(Tensor x, Tensor[] weights, Tensor?[] biases, int[] activations, bool save) -> Tensor[]");
   m.def(
-      "encoder_backward(Tensor grad_out, Tensor x, Tensor[] weights, Tensor[] results, int[] activations, int[] wanted) "
+      "encoder_backward(Tensor grad_out, Tensor x, Tensor[] weights, Tensor[] results, int[] activations, int[] "
+      "wanted) "
       "-> Tensor[]");
   m.def("access() -> int");
   m.def("configure(str isa, bool brgemm) -> str");
@@ -123,6 +124,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastenc_cpu, CompositeExplicitAutograd, m) {
 
 // Importing fastenc._C only registers the operators.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

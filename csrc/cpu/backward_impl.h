@@ -22,7 +22,8 @@ class Backward {
   Backward(const BackwardArgs& args, const Runtime& runtime)
       : args_(args),
         runtime_(runtime),
-        schedule_(args.M, packed_depth<Op>(1) * kLanes, 2 * multiply_adds_per_row(args.layers, args.depth), runtime.threads),
+        schedule_(args.M, packed_depth<Op>(1) * kLanes, 2 * multiply_adds_per_row(args.layers, args.depth),
+                  runtime.threads),
         plans_(args.depth) {
     bottom_ = 0;
     if (args.grad_x == nullptr)
@@ -85,7 +86,8 @@ class Backward {
 
   void pack_weights(int64_t packed_size) {
     int64_t panels = 0;
-    for (int64_t l = bottom_; l < args_.depth; ++l) panels += plans_.get()[l].packed ? panel_count(args_.layers[l].in) : 0;
+    for (int64_t l = bottom_; l < args_.depth; ++l)
+      panels += plans_.get()[l].packed ? panel_count(args_.layers[l].in) : 0;
     const bool parallel = runtime_.threads > 1 && packed_size * 5 >= kParallelWork;
     run_tasks(runtime_, parallel, panels, [&] {
       return [&](int64_t panel) {
@@ -341,15 +343,14 @@ class Backward {
     for (int64_t block = first; block < last; ++block) {
       const int64_t block_row = block * schedule_.block_rows, depth = schedule_.rows(block);
       const int64_t padded_out = round_up(layer.out, kLanes);
-      const Op* A = transposed_ + plans_.get()[l].transposed_offset +
-                    ((block - first) * padded_out + row) * schedule_.block_rows;
+      const Op* A =
+          transposed_ + plans_.get()[l].transposed_offset + ((block - first) * padded_out + row) * schedule_.block_rows;
       const bool add = block > first;
       if constexpr (std::is_same_v<T, float>) {
         if (in_place) {
           float* destination = single_block_ ? reinterpret_cast<float*>(grad) : C;
-          gemm(runtime_, rows, cols, depth, schedule_.block_rows, input.row_stride,
-               single_block_ ? layer.in : kPanel, add, A,
-               static_cast<const float*>(input.data) + block_row * input.row_stride + col, destination);
+          gemm(runtime_, rows, cols, depth, schedule_.block_rows, input.row_stride, single_block_ ? layer.in : kPanel,
+               add, A, static_cast<const float*>(input.data) + block_row * input.row_stride + col, destination);
           continue;
         }
       }

@@ -69,11 +69,11 @@ FASTENC_INLINE int64_t panel_columns(int64_t columns, int64_t panel) {
   return std::min(kPanel, columns - panel * kPanel);
 }
 
-// out[r, :] = act(C[r, :] + bias) for a tile; also the value before act if preact, and the value as next layer's operand
-// if next. ld of C is kPanel; the others' are given.
+// out[r, :] = act(C[r, :] + bias) for a tile; also the value before act if preact, and the value as next layer's
+// operand if next. ld of C is kPanel; the others' are given.
 template <class Activation, class T, class Op>
-inline void forward_epilogue(int64_t rows, int64_t cols, const float* bias, const float* C, T* preact, T* out, int64_t ld_out,
-                             Op* next, int64_t ld_next) {
+inline void forward_epilogue(int64_t rows, int64_t cols, const float* bias, const float* C, T* preact, T* out,
+                             int64_t ld_out, Op* next, int64_t ld_next) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t j = 0; j < cols; j += kLanes) {
       const int64_t count = std::min(kLanes, cols - j);

@@ -155,9 +155,11 @@ inline const T* contiguous_row(const Matrix& matrix, int64_t row, int64_t col, i
   return buffer;
 }
 
-// The rows x cols (<= kPanel) part of a matrix at (row, col) as operand B: [rows, ld] (VNNI for bf16), zero behind cols.
+// The rows x cols (<= kPanel) part of a matrix at (row, col) as operand B: [rows, ld] (VNNI for bf16), zero behind
+// cols.
 template <class T, class Op>
-inline void pack_block(const Matrix& matrix, int64_t row, int64_t rows, int64_t col, int64_t cols, Op* dst, int64_t ld) {
+inline void pack_block(const Matrix& matrix, int64_t row, int64_t rows, int64_t col, int64_t cols, Op* dst,
+                       int64_t ld) {
   T gathered[2][kPanel];
   if constexpr (std::is_same_v<Op, BFloat16>) {
     uint32_t* words = reinterpret_cast<uint32_t*>(dst);

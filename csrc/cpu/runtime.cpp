@@ -86,8 +86,7 @@ State choose(const std::string& isa, bool brgemm) {
       reinterpret_cast<Runtime::BrgemmFloat>(find_in_libtorch("_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"));
   const auto brgemm_bfloat16 = reinterpret_cast<Runtime::BrgemmBFloat16>(
       find_in_libtorch("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"));
-  const auto release =
-      reinterpret_cast<void (*)(bool)>(find_in_libtorch("_ZN2at6native7cpublas14brgemm_releaseEb"));
+  const auto release = reinterpret_cast<void (*)(bool)>(find_in_libtorch("_ZN2at6native7cpublas14brgemm_releaseEb"));
   if (brgemm_float != nullptr && works(brgemm_float, 1.0f, 2.0f, /* vnni */ false))
     state.borrowed.brgemm_float = brgemm_float;
   const uint16_t one = 0x3f80, two = 0x4000;  // in bf16
@@ -135,7 +134,8 @@ double brgemm_gflops(bool bfloat16) {
     std::vector<float> A(kRows * kDepth, 1.0f), B(kDepth * kCols, 1.0f), C(kRows * kCols);
     for (int64_t call = 0; call < kCalls; ++call) {
       if (bfloat16)
-        borrowed.brgemm_bfloat16(kRows, kCols, kDepth, kDepth, kCols, kCols, false, A16.data(), B16.data(), C.data(), true);
+        borrowed.brgemm_bfloat16(kRows, kCols, kDepth, kDepth, kCols, kCols, false, A16.data(), B16.data(), C.data(),
+                                 true);
       else
         borrowed.brgemm_float(kRows, kCols, kDepth, kDepth, kCols, kCols, false, A.data(), B.data(), C.data(), false);
     }

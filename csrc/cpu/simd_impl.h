@@ -1,4 +1,5 @@
-// Vectors of 16 floats: loads, stores and conversions of fp32, bf16 and fp16, transposes. Included by stack_impl.h only.
+// Vectors of 16 floats: loads, stores and conversions of fp32, bf16 and fp16, transposes. Included by stack_impl.h
+// only.
 
 namespace fastenc {
 namespace FASTENC_ISA {
@@ -12,7 +13,8 @@ FASTENC_INLINE float to_float(Half value) {
   // Exponent and mantissa shifted into place, then rescaled by 2^112: denormals come out right by themselves.
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
-  const uint32_t scaled = math::bit_cast<uint32_t>(math::bit_cast<float>(magnitude) * math::bit_cast<float>(uint32_t{0x77800000u}));
+  const uint32_t scaled =
+      math::bit_cast<uint32_t>(math::bit_cast<float>(magnitude) * math::bit_cast<float>(uint32_t{0x77800000u}));
   const uint32_t special = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled;  // Inf and NaN
   return math::bit_cast<float>(special | sign);
 }

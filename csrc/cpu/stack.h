@@ -45,12 +45,12 @@ struct BackwardArgs {
   int64_t depth;
   const Layer* layers;
   Matrix x;
-  Matrix grad_out;               // [M, layers[depth - 1].out]
-  const void* const* outs;       // as written by forward; outs[l] is read if l is hidden or its derivative needs it
-  const void* const* preacts;    // read where saves_preact
-  void* grad_x;                  // [M, layers[0].in] contiguous, or null: not wanted
-  void* const* grad_weights;     // [depth] of [out, in] contiguous; null where not wanted
-  void* const* grad_biases;      // [depth] of [out]; null where not wanted
+  Matrix grad_out;             // [M, layers[depth - 1].out]
+  const void* const* outs;     // as written by forward; outs[l] is read if l is hidden or its derivative needs it
+  const void* const* preacts;  // read where saves_preact
+  void* grad_x;                // [M, layers[0].in] contiguous, or null: not wanted
+  void* const* grad_weights;   // [depth] of [out, in] contiguous; null where not wanted
+  void* const* grad_biases;    // [depth] of [out]; null where not wanted
 };
 
 // What the kernels borrow from the process they run in.

@@ -1,6 +1,6 @@
 // The standard headers that the kernels use. The files of one instruction set include them before they change the
-// compiler's target, so that what these headers define stays callable on any CPU; all else comes after, since GCC splits
-// vectors as the target at a function's definition demands.
+// compiler's target, so that what these headers define stays callable on any CPU; all else comes after, since GCC
+// splits vectors as the target at a function's definition demands.
 #pragma once
 
 #include <algorithm>
