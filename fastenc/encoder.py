@@ -82,7 +82,7 @@ class Encoder(Pretrained, nn.Module):
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module does nothing but its class's forward: no subclass, parametrization, hook or wrapper."""
+    """Whether calling the module does nothing but its class's forward: no subclass, hook or wrapper."""
     state = module.__dict__
     return type(module) is kind and not (
         "forward" in state
