@@ -59,7 +59,7 @@ ODD_SIZES = (1, 2, 3, 16, 17, 33, 64, 65, 129)
 
 def draws(M: int, widths: tuple[int, ...], *args, **options):
     """Several problems, so that no tensor's largest error is that of a lucky rounding."""
-    count = 32 if min(widths[1:]) < 16 else 8
+    count = 32 if 0 < min(widths[1:]) < 16 else 8
     return [draw(M, widths, *args, **options, seed=seed) for seed in range(count)]
 
 
@@ -251,12 +251,13 @@ def run_on_views(forward, problem: Problem) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_empty(activation, dtype):
     """M, N or K of zero: shapes as PyTorch's, and the gradients of what is summed over nothing are zero."""
-    for M, N, K in itertools.product((0, 3, 40), repeat=3):
-        problems = [draw(M, (K, N), activation, dtype, seed=seed) for seed in range(8)]
+    for M, N, K in itertools.product((0, 3, 40), (0, 17), (0, 17)):
+        if 0 not in (M, N, K):
+            continue
+        problems = draws(M, (K, N), activation, dtype)
         assert_as_accurate(problems)
-        if 0 in (M, N, K):
-            for name, grad in run(fused, problems[0]).items():
-                assert name in ("out", "grad_bias0") or not grad.any(), name
+        for name, result in run(fused, problems[0]).items():
+            assert name in ("out", "grad_bias0") or not result.any(), name
 
 
 def test_empty_in_a_stack():

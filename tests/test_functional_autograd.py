@@ -140,6 +140,7 @@ def test_third_derivative(path):
     assert torch.isclose(*results, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # by torch's own formulas
 @for_each_activation
 def test_forward_mode(path, activation):
     problem = draw(12, (9, 17, 5), activation)

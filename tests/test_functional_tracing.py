@@ -15,7 +15,11 @@ import fastenc
 from fastenc import fused_dense
 from fastenc.activation import ACTIVATIONS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # By torch's own formulas for forward-mode derivatives.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning"),
+]
 
 for_each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 WIDTHS = (6, 5, 4)

@@ -16,7 +16,11 @@ from fastenc import ops
 from fastenc.activation import ACTIVATIONS
 from fastenc.backends import BACKENDS, cpu
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # By opcheck itself, of its own tensors.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 for_each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
