@@ -43,7 +43,7 @@ QUESTION = Question(
     title="One FusedDense (relu) against nn.Linear and nn.ReLU; out[M, N] from x[M, K]",
     cases=cases,
     dtypes=(torch.float32, torch.bfloat16),
-    budget_s=1.0,
+    budget_s=0.5,
 )
 
 if __name__ == "__main__":

@@ -199,25 +199,9 @@ class Backward {
   void grad_in_few_rows(const Buffers& buffers, int64_t l, int64_t panel, const Op* dz, int64_t ld_dz) {
     const Layer& layer = args_.layers[l];
     const int64_t col = panel * kLongPanel, cols = std::min(kLongPanel, layer.in - col);
-    const T* weight = static_cast<const T*>(layer.weight) + col;
     float C[kFewRows * kLongPanel] __attribute__((aligned(64))) = {};
-    for (int64_t n = 0; n < layer.out; n += 4) {
-      const int64_t count = std::min<int64_t>(4, layer.out - n);
-      for (int64_t r = 0; r < args_.M; ++r) {
-        float factors[4] = {};
-        for (int64_t i = 0; i < count; ++i) factors[i] = to_float(dz[r * ld_dz + n + i]);
-        float* c = C + r * kLongPanel;
-        int64_t j = 0;
-        for (; count == 4 && j + kLanes <= cols; j += kLanes) {
-          const T* w = weight + n * layer.in + j;
-          const Vec sum01 = factors[0] * load(w) + factors[1] * load(w + layer.in);
-          const Vec sum23 = factors[2] * load(w + 2 * layer.in) + factors[3] * load(w + 3 * layer.in);
-          store(load(c + j) + (sum01 + sum23), c + j);
-        }
-        for (; j < cols; ++j)
-          for (int64_t i = 0; i < count; ++i) c[j] += factors[i] * to_float(weight[(n + i) * layer.in + j]);
-      }
-    }
+    add_few_rows(args_.M, cols, layer.out, dz, ld_dz, static_cast<const T*>(layer.weight) + col, layer.in, C,
+                 kLongPanel);
     for (int64_t sub = 0; sub < cols; sub += kPanel) {
       const int64_t sub_cols = std::min(kPanel, cols - sub);
       if (l > bottom_) {
@@ -380,15 +364,9 @@ class Backward {
     Scratch<T> gathered(layer.in);
     for (int64_t r = 0; r < args_.M; ++r)
       convert_row(contiguous_row(input, r, 0, layer.in, gathered.get()), x.get() + r * ld, layer.in);
-    const Op* dz = transposed_ + plans_.get()[l].transposed_offset + row * schedule_.block_rows;
-    T* grad = static_cast<T*>(args_.grad_weights[l]) + row * layer.in;
-    for (int64_t n = 0; n < rows; ++n)
-      for (int64_t j = 0; j < layer.in; j += kLanes) {
-        Vec total = to_float(dz[n * schedule_.block_rows]) * load(x.get() + j);
-        for (int64_t r = 1; r < args_.M; ++r)
-          total += to_float(dz[n * schedule_.block_rows + r]) * load(x.get() + r * ld + j);
-        store_part(total, grad + n * layer.in + j, std::min(kLanes, layer.in - j));
-      }
+    outer_products(args_.M, rows, layer.in,
+                   transposed_ + plans_.get()[l].transposed_offset + row * schedule_.block_rows, schedule_.block_rows,
+                   x.get(), ld, static_cast<T*>(args_.grad_weights[l]) + row * layer.in);
   }
 
   // c += sums.

@@ -114,6 +114,41 @@ inline void gemm_nt(int64_t M, int64_t N, int64_t K, const TA* A, int64_t lda, c
   for (; m < M; ++m) dot_rows<1>(N, K, A + m * lda, lda, B, ldb, C + m * ldc, ldc);
 }
 
+// C[M, N] += A[M, K] @ B[K, N] for few rows: B is read once, along its rows.
+template <class TA, class TB>
+inline void add_few_rows(int64_t M, int64_t N, int64_t K, const TA* A, int64_t lda, const TB* B, int64_t ldb, float* C,
+                         int64_t ldc) {
+  for (int64_t k = 0; k < K; k += 4) {
+    const int64_t count = std::min<int64_t>(4, K - k);
+    for (int64_t r = 0; r < M; ++r) {
+      float a[4] = {};
+      for (int64_t i = 0; i < count; ++i) a[i] = to_float(A[r * lda + k + i]);
+      float* c = C + r * ldc;
+      int64_t j = 0;
+      for (; count == 4 && j + kLanes <= N; j += kLanes) {
+        const TB* b = B + k * ldb + j;
+        const Vec sum01 = a[0] * load(b) + a[1] * load(b + ldb);
+        const Vec sum23 = a[2] * load(b + 2 * ldb) + a[3] * load(b + 3 * ldb);
+        store(load(c + j) + (sum01 + sum23), c + j);
+      }
+      for (; j < N; ++j)
+        for (int64_t i = 0; i < count; ++i) c[j] += a[i] * to_float(B[(k + i) * ldb + j]);
+    }
+  }
+}
+
+// out[M, N] = A_t[M, K] @ B[K, N] for small K, a sum of K outer products: out is written once, along its rows.
+template <class TA, class T>
+inline void outer_products(int64_t K, int64_t M, int64_t N, const TA* A_t, int64_t lda, const float* B, int64_t ldb,
+                           T* out) {
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t j = 0; j < N; j += kLanes) {
+      Vec total = to_float(A_t[m * lda]) * load(B + j);
+      for (int64_t k = 1; k < K; ++k) total += to_float(A_t[m * lda + k]) * load(B + k * ldb + j);
+      store_part(total, out + m * N + j, std::min(kLanes, N - j));
+    }
+}
+
 // The transpose of W[N, K], rows [0, N <= kPanel), as operand B: [K, ld] (VNNI for bf16), zero behind N.
 template <class T, class Op>
 inline void pack_transposed(const T* W, int64_t N, int64_t K, Op* dst, int64_t ld) {
