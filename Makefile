@@ -14,6 +14,7 @@ PIP := PATH="$(abspath $(VENV)/bin):$$PATH" $(ENV_PYTHON) -m pip --disable-pip-v
 BUILD := build/$(notdir $(VENV))
 TORCH_STAMP := $(VENV)/stamp-$(subst /,_,$(subst $() ,_,$(TORCH)))
 CXX_FILES := $(sort $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp))
+FORMATTED := $(CXX_FILES) $(wildcard tests/native/*.cpp)
 
 .PHONY: help demo test test-smoke bench lint format clean
 .DELETE_ON_ERROR:
@@ -45,13 +46,13 @@ bench: $(BUILD)/built
 lint: $(VENV)/stamp-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
 	$(VENV)/bin/mypy
 
 format: $(VENV)/stamp-lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CXX_FILES)
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf build dist *.egg-info fastenc/*.so .pytest_cache .mypy_cache .ruff_cache .benchmarks
