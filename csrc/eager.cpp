@@ -1,7 +1,7 @@
 // The everyday path of the CPU backend: fused layers and their autograd in C++, in one call from Python. torch's stable
 // ABI offers no autograd, so this file is built on the C++ API, for one version of torch; with any other, the same
 // layers run through autograd Functions in Python (fastenc/functional.py). One dense layer, forward and backward, costs
-// 20 us here, 39 us there and 35 us in eager PyTorch (1 x 16 x 16).
+// 23 us here, 39 us there and 32 us in eager PyTorch (1 x 16 x 16 in one run, AMD EPYC Zen 5, 1 thread).
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
@@ -38,7 +38,10 @@ const fastenc::Access& kernel_access() {
   static const fastenc::Access* access = [] {
     torch::jit::Stack stack;
     c10::Dispatcher::singleton().findSchemaOrThrow("fastenc_cpu::access", "").callBoxed(stack);
-    return reinterpret_cast<const fastenc::Access*>(stack.back().toInt());
+    const auto* found = reinterpret_cast<const fastenc::Access*>(stack.back().toInt());
+    TORCH_CHECK(found->version == fastenc::kAccessVersion,
+                "fastenc: its two libraries were built from different sources; reinstall fastenc");
+    return found;
   }();
   return *access;
 }
@@ -79,7 +82,7 @@ std::optional<Tensor> optional(const Tensor& tensor) {
 
 // The gradient of a stack of layers. Its inputs are x, all weights, then all biases; its outputs are what run_forward
 // returns: hidden outputs and pre-activations too, so that a second derivative finds them in the graph. A node of our
-// own rather than a torch::autograd::Function, whose context costs 3 us a call.
+// own, as in the code that PyTorch generates for its operators, is lighter than a torch::autograd::Function.
 struct StackBackward : public torch::autograd::Node {
   std::vector<int64_t> activations;
   int64_t in = 0, first_out = 0;

@@ -33,7 +33,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-const fastenc::Access kAccess = {fastenc::kernels, fastenc::runtime};
+const fastenc::Access kAccess = {fastenc::kAccessVersion, fastenc::kernels, fastenc::runtime};
 
 std::tuple<Tensor, Tensor> dense_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t activation,
                                          bool save) {

@@ -53,12 +53,20 @@ inline void portable_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t 
   for (; m < M; ++m) portable_rows<1>(N, K, lda, ldb, ldc, add_C, A + m * lda, B, C + m * ldc);
 }
 
+// Long sums are cut, as BLAS libraries do: the error of a sum grows with the number of terms added one after the other.
+constexpr int64_t kLongestSum = 160;
+
 inline void gemm(const Runtime& runtime, int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc,
                  bool add_C, const float* A, const float* B, float* C) {
-  if (runtime.brgemm_float != nullptr)
-    runtime.brgemm_float(M, N, K, lda, ldb, ldc, add_C, A, B, C, /* is_vnni */ false);
-  else
-    portable_gemm(M, N, K, lda, ldb, ldc, add_C, A, B, C);
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(K, kLongestSum)), piece = ceil_div(K, pieces);
+  for (int64_t k = 0; k < K; k += piece) {
+    const int64_t depth = std::min(piece, K - k);
+    const bool add = add_C || k > 0;
+    if (runtime.brgemm_float != nullptr)
+      runtime.brgemm_float(M, N, depth, lda, ldb, ldc, add, A + k, B + k * ldb, C, /* is_vnni */ false);
+    else
+      portable_gemm(M, N, depth, lda, ldb, ldc, add, A + k, B + k * ldb, C);
+  }
 }
 
 // K is even and B in VNNI order; only called where brgemm_bfloat16 exists.
