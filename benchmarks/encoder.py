@@ -39,7 +39,7 @@ QUESTION = Question(
     title="Encoder 784-128-64-32-16 (relu) against nn.Sequential of nn.Linear and nn.ReLU",
     cases=cases,
     dtypes=(torch.float32, torch.bfloat16),
-    budget_s=2.0,
+    budget_s=1.0,
 )
 
 if __name__ == "__main__":
