@@ -10,7 +10,7 @@ from .activation import differentiate_dropped, dropout_scale
 from .configs import Config
 from .dense_forward import grouped_tile
 from .device import Target, precision, target
-from .tiles import GROUP, Product, default_tiles, tile_candidates
+from .dense_tiles import GROUP, Product, default_tiles, tile_candidates
 from .tuning import config_for
 from .weight_gradient import LONGEST_STRIDE
 
