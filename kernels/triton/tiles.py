@@ -1,122 +1,42 @@
-"""Sizes of the tiles in which the dense kernels compute a product [rows, depth] @ [depth, columns]."""
+"""Products and loads of the small matrices that a narrow stack keeps on chip."""
 
-from __future__ import annotations
-
-import functools
-from typing import NamedTuple
-
-import torch
 import triton
-
-from .configs import MAX_CANDIDATES, Config, shortlist
-from .device import Target
-
-GROUP = 8  # rows of tiles that are computed together, so that they share what they load of the right matrix
-LEAST = 16  # of a tile's sides: the smallest that `tl.dot` takes
+import triton.language as tl
 
 
-class Product(NamedTuple):
-    """A product to choose tiles for."""
-
-    rows: int
-    columns: int
-    depth: int
-    dtype: torch.dtype
-    precision: str  # as `device.precision` says
-    left: int = 1  # matrices [rows, depth] that are loaded and combined into the left factor
-
-    @property
-    def tensor_cores(self) -> bool:
-        return self.dtype.itemsize == 2 or self.precision == "tf32"
+@triton.jit
+def load_matrix(ptr, stride_row, stride_column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A matrix [rows, columns] of any strides as a tile [ROWS, COLUMNS], 0 beyond its edges."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    return tl.load(
+        ptr + row[:, None] * stride_row + column[None, :] * stride_column,
+        mask=(row[:, None] < rows) & (column[None, :] < columns),
+        other=0.0,
+    )
 
 
-# rows, columns, depth (in 16-bit elements), warps, stages
-_TENSOR_CORE_TILES = (
-    (128, 128, 64, 8, 3),
-    (128, 256, 64, 8, 3),
-    (256, 128, 64, 8, 3),
-    (128, 128, 32, 4, 4),
-    (64, 256, 64, 8, 3),
-    (128, 64, 64, 4, 3),
-    (64, 128, 64, 4, 3),
-    (128, 64, 32, 4, 4),
-    (128, 32, 64, 4, 4),
-    (64, 64, 64, 4, 4),
-    (64, 32, 64, 4, 4),
-    (32, 64, 64, 4, 4),
-    (128, 16, 64, 4, 4),
-    (32, 32, 128, 4, 4),
-    (16, 128, 64, 4, 4),
-    (16, 64, 128, 4, 4),
-    (16, 32, 128, 2, 4),
-    (16, 16, 128, 1, 4),
-)
-_FP32_TILES = (
-    (64, 64, 32, 4, 3),
-    (64, 64, 16, 4, 4),
-    (128, 64, 16, 8, 3),
-    (64, 128, 16, 8, 3),
-    (64, 32, 32, 4, 3),
-    (32, 64, 32, 4, 3),
-    (128, 32, 16, 4, 3),
-    (32, 32, 32, 4, 3),
-    (64, 16, 32, 4, 3),
-    (16, 64, 32, 4, 3),
-    (32, 16, 32, 2, 3),
-    (16, 32, 32, 2, 3),
-    (16, 16, 32, 1, 4),
-)
+@triton.jit
+def times_matrix(
+    a, ptr, stride_k, stride_n, rows, columns, acc,
+    K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """acc + a @ b, where a [BLOCK_M, K] is a tile and b [rows, columns] lies in memory, its tile is [K, N].
 
-
-def shared_bytes(tiles: Config, product: Product) -> int:
-    """Shared memory of a kernel with these tiles: of its pipeline, or of the sums as it lays them out to store them."""
-    rows, columns, depth = tiles["rows"], tiles["columns"], tiles["depth"]
-    stage = (product.left * rows + columns) * depth * product.dtype.itemsize
-    return max(tiles["num_stages"] * stage, rows * columns * 4)
-
-
-@functools.lru_cache(maxsize=4096)
-def _default_tiles(product: Product, facts: Target) -> tuple[tuple[str, int], ...]:
-    largest = 128 if product.tensor_cores else 64
-    rows = _block(product.rows, largest)
-    columns = _block(product.columns, largest)
-    while max(rows, columns) > 32:
-        if triton.cdiv(product.rows, rows) * triton.cdiv(product.columns, columns) >= facts.processors:
-            break
-        if columns > rows:
-            columns //= 2
+    TRANSPOSED: b's second dimension is the one that is contiguous in memory, most often: load it in that order.
+    fp32 operands take many registers, without tensor cores all of them at once: they go by as few columns of a as here.
+    """
+    BLOCK_M: tl.constexpr = a.shape[0]
+    MOST: tl.constexpr = 128 if a.dtype != tl.float32 else 16 if PRECISION == "ieee" else 32
+    if K > MOST:
+        HALF: tl.constexpr = K // 2
+        left, right = tl.split(tl.permute(tl.reshape(a, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        acc = times_matrix(left, ptr, stride_k, stride_n, rows, columns, acc, HALF, N, PRECISION, TRANSPOSED)
+        ptr += HALF * stride_k
+        return times_matrix(right, ptr, stride_k, stride_n, rows - HALF, columns, acc, HALF, N, PRECISION, TRANSPOSED)
+    else:
+        if TRANSPOSED:
+            b = tl.trans(load_matrix(ptr, stride_n, stride_k, columns, rows, N, K))
         else:
-            rows //= 2
-    depth = _block(product.depth, 32 if product.dtype.itemsize == 4 else 64)
-    tiles = {"rows": rows, "columns": columns, "depth": depth}
-    tiles["num_warps"] = 8 if rows * columns > 128 * 64 else 4 if rows * columns > 16 * 32 else 2
-    tiles["num_stages"] = 4
-    while shared_bytes(tiles, product) > facts.shared_memory // 2 and tiles["num_stages"] > 2:
-        tiles["num_stages"] -= 1
-    while shared_bytes(tiles, product) > facts.shared_memory:
-        tiles["depth"] //= 2
-    return tuple(tiles.items())
-
-
-def default_tiles(product: Product, facts: Target) -> Config:
-    """The largest tiles that still give every processor one; a pipeline that leaves room for a second program."""
-    return dict(_default_tiles(product, facts))
-
-
-def tile_candidates(product: Product, facts: Target) -> list[Config]:
-    """Tiles to measure: the default, then those that fit the GPU's shared memory and are not mostly padding."""
-    tiles = [default_tiles(product, facts)]
-    for rows, columns, depth, warps, stages in _TENSOR_CORE_TILES if product.tensor_cores else _FP32_TILES:
-        if rows > _block(product.rows, 256) or columns > _block(product.columns, 256):
-            continue
-        if product.tensor_cores and product.dtype.itemsize == 4:
-            depth //= 2
-        depth = min(depth, _block(product.depth, depth))
-        tiles.append({"rows": rows, "columns": columns, "depth": depth, "num_warps": warps, "num_stages": stages})
-    unique = [tile for i, tile in enumerate(tiles) if tile not in tiles[:i]]
-    return shortlist(unique, [shared_bytes(tile, product) for tile in unique], facts)[:MAX_CANDIDATES]
-
-
-def _block(size: int, largest: int) -> int:
-    """The power of two that covers `size`, from LEAST to `largest`."""
-    return min(max(triton.next_power_of_2(size), LEAST), largest)
+            b = load_matrix(ptr, stride_k, stride_n, rows, columns, K, N)
+        return tl.dot(a, b, acc, input_precision=PRECISION)
