@@ -115,7 +115,7 @@ def encoder_forward_kernel(
 @triton.jit
 def _wide_layer(
     h, weight_ptr, bias_ptr, out_ptr, preact_ptr, seed_ptr, rows, in_m, stride_wn, stride_wk,
-    I: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BELOW: tl.constexpr, TILE_BELOW: tl.constexpr,
+    LAYER: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BELOW: tl.constexpr, TILE_BELOW: tl.constexpr,
     ACTIVATION: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     for first_n in range(0, WIDTH, BLOCK_N):
@@ -133,14 +133,14 @@ def _wide_layer(
             tl.store(preact_ptr + offsets, z.to(DTYPE), mask=in_mn)
         out = activate(z, ACTIVATION)
         if P > 0:
-            out *= dropout_scale(seed_ptr, I, rows, n, WIDTH, P)
+            out *= dropout_scale(seed_ptr, LAYER, rows, n, WIDTH, P)
         tl.store(out_ptr + offsets, out.to(DTYPE), mask=in_mn)
 
 
 @triton.jit
 def _close_layer(
     z, bias_ptr, out_ptr, preact_ptr, seed_ptr, rows, in_m,
-    I: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, P: tl.constexpr,
+    LAYER: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, P: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     n = tl.arange(0, TILE)
@@ -151,7 +151,7 @@ def _close_layer(
         tl.store(preact_ptr + offsets, z.to(DTYPE), mask=in_mn)
     out = finish(z, WIDTH, TILE, ACTIVATION)
     if P > 0:
-        out *= dropout_scale(seed_ptr, I, rows, n, WIDTH, P)
+        out *= dropout_scale(seed_ptr, LAYER, rows, n, WIDTH, P)
     out = out.to(DTYPE)
     if out_ptr is not None:
         tl.store(out_ptr + offsets, out, mask=in_mn)

@@ -229,7 +229,7 @@ def default_splits(M: int, sizes: Sequence[tuple[int, int]], itemsize: int, tile
 
 
 def default_config(M: int, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, facts: Target) -> Config:
-    """The largest tiles that still give most processors one; smaller in fp32, whose products may need no tensor core."""
+    """The largest tiles that still give every other processor one; smaller in fp32."""
     size = 64 if dtype.itemsize == 2 else 32
     config = {"BLOCK_M": 64 if dtype.itemsize == 2 else 32, "BLOCK_N": size, "BLOCK_K": size}
     config.update(num_warps=4, num_stages=4 if dtype.itemsize == 2 else 3)
