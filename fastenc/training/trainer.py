@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from fastenc.data import DataError
 
 from .callbacks import Callback, History
+from .graph import WholeSteps
 from .losses import LossFunction, fit_target, get_loss
 from .optimizers import DEFAULT_LR, OptimizerLike, make_optimizer
 from .progress import Progress, wants_progress
+from .recorder import CudaRecorder
 from .rng import RandomNumbers
 from .sources import Rows, Stream, is_stream, make_rows, make_stream
 from .steps import train_batches, train_rows
@@ -67,6 +69,8 @@ class Trainer:
         self.history = History()
         self.stop_training = False
         self._random_numbers = RandomNumbers(seed)
+        self._recorder = CudaRecorder()
+        self._how = "no fit was started"
 
     def fit(
         self,
@@ -138,6 +142,10 @@ class Trainer:
         """The code of each row of x, by the model's `encode` or, if it has none, by the model; else as `predict`."""
         return self._outputs(getattr(self.model, "encode", self.model), x, batch_size)
 
+    def explain(self) -> str:
+        """How the steps of the latest `fit` were taken, and why: replayed from a CUDA graph, or step by step."""
+        return self._how
+
     def _epochs(
         self,
         train: Rows | Stream,
@@ -148,13 +156,20 @@ class Trainer:
         callbacks: Sequence[Callback],
     ) -> None:
         good = Snapshot(self.model)
+        whole: WholeSteps | None = None
+        if not isinstance(train, Rows):
+            self._how = "step by step: the data comes from a Dataset or DataLoader"
+        elif reason := self._recorder.why_not(train.x.device):
+            self._how = f"step by step: {reason}"
+        else:
+            whole = WholeSteps(train, batch_size, self._recorder)
         for callback in callbacks:
             callback.on_train_begin()
         try:
             for epoch in range(epochs):
                 for callback in callbacks:
                     callback.on_epoch_begin(epoch)
-                logs = {"loss": self._train_epoch(epoch, train, batch_size, shuffle, callbacks)}
+                logs = {"loss": self._train_epoch(epoch, train, whole, batch_size, shuffle, callbacks)}
                 good.take()
                 if validation is not None:
                     measured = self._evaluate(validation, EVALUATION_ROWS)
@@ -170,11 +185,20 @@ class Trainer:
                 self.optimizer.state.clear()  # its averages are NaN as well
             raise
         finally:
+            if whole is not None:
+                self._how = whole.explanation
+                whole.close()
             for callback in callbacks:
                 callback.on_train_end()
 
     def _train_epoch(
-        self, epoch: int, train: Rows | Stream, batch_size: int, shuffle: bool, callbacks: Sequence[Callback]
+        self,
+        epoch: int,
+        train: Rows | Stream,
+        whole: WholeSteps | None,
+        batch_size: int,
+        shuffle: bool,
+        callbacks: Sequence[Callback],
     ) -> float:
         """Train one epoch; its mean loss over the rows."""
         listeners = [c for c in callbacks if type(c).on_train_batch_end is not Callback.on_train_batch_end]
@@ -188,7 +212,10 @@ class Trainer:
         hook = after_step if listeners else None
         if isinstance(train, Rows):
             order = torch.randperm(len(train)).to(train.x.device) if shuffle else None
-            losses, counts = train_rows(self.model, self._loss, self.optimizer, train, order, batch_size, hook)
+            if whole is not None:
+                losses, counts = whole.train(self.model, self._loss, self.optimizer, order, hook)
+            else:
+                losses, counts = train_rows(self.model, self._loss, self.optimizer, train, order, batch_size, hook)
         else:
             losses, counts = train_batches(self.model, self._checked_loss, self.optimizer, train.batches(), hook)
         losses = losses.double().cpu()
