@@ -135,6 +135,7 @@ class Running:
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
         self.requested = {"load": 0, "store": 0}
+        self.patched: set[int] = set()
 
     def give(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """These tensors, by name, and no others may be loaded from and stored to."""
@@ -201,6 +202,7 @@ def _check_launches() -> None:
     launch, to_host = executor.__call__, executor._init_args_hst
     set_grid, set_program = builder.set_grid_dim, builder.set_grid_idx
     load, store = builder.create_masked_load, builder.create_masked_store
+    patch_language = interpreter._patch_lang
 
     def checked_launch(self: Any, *args: Any, **kwargs: Any) -> None:
         global _running
@@ -222,6 +224,13 @@ def _check_launches() -> None:
         _running.give(tensor for name, arg in named.items() for tensor in _tensors(name, arg))
         return host_args, host_kwargs
 
+    def patch_language_once(fn: Any) -> Any:
+        """Triton does it at each call of a function in a kernel, which takes long; once for a launch is enough."""
+        if id(fn.__globals__) in _running.patched:
+            return interpreter._LangPatchScope()
+        _running.patched.add(id(fn.__globals__))
+        return patch_language(fn)
+
     def set_checked_grid(self: Any, *grid: int) -> None:
         _running.begin(grid)
         set_grid(self, *grid)
@@ -230,14 +239,14 @@ def _check_launches() -> None:
         set_program(self, *_running.next_program())
 
     def checked_load(self: Any, pointers: Any, mask: Any, other: Any, *hints: Any, **named_hints: Any) -> Any:
-        held = np.asarray(mask.data)  # under a descriptor mask is the array itself
+        held = _mask(mask)
         _running.access("load", pointers, held)
         if other is None and not held.all():
             other = _poison(pointers)
         return load(self, pointers, mask, other, *hints, **named_hints)
 
     def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *hints: Any) -> Any:
-        _running.access("store", pointers, np.asarray(mask.data))
+        _running.access("store", pointers, _mask(mask))
         return store(self, pointers, value, mask, *hints)
 
     def refuse_atomic(self: Any, *args: Any) -> None:
@@ -246,7 +255,13 @@ def _check_launches() -> None:
     executor.__call__, executor._init_args_hst = checked_launch, note_arguments
     builder.set_grid_dim, builder.set_grid_idx = set_checked_grid, set_shuffled_program
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+    interpreter._patch_lang = patch_language_once
     builder.create_atomic_rmw = builder.create_atomic_cas = refuse_atomic
+
+
+def _mask(mask: Any) -> np.ndarray:
+    """As bools: what Triton computes with `&` may be int8. Under a descriptor the mask is the array itself."""
+    return np.asarray(mask.data).astype(bool, copy=False)
 
 
 def _poison(pointers: Any) -> Any:
