@@ -172,8 +172,8 @@ def encoder_forward(
     """A narrow stack (`is_narrow`) on x [M, K], in one launch.
 
     save: "all" gives the outputs of all layers, then the pre-activations of those that need them. "first" leaves out
-        what `encoder_backward` finds again on chip: of the hidden layers it keeps the first one's output, or
-        pre-activation if that is what its derivative needs. "nothing" keeps the last output alone.
+        what `encoder_backward` finds again on chip (`kept`): most often all hidden outputs but the first. "nothing"
+        keeps the last output alone.
     dropouts: of each layer's output, the probability of dropping; seed: int64 [1] on x's device.
     int64: 64-bit offsets within a tile even where 32 bits would do.
 
@@ -191,15 +191,9 @@ def encoder_forward(
             lambda: candidates(widths, x.dtype, facts),
             lambda candidate: encoder_forward(x, weights, biases, activations, save, dropouts, seed, int64, candidate),
         )
-    last = len(widths) - 1
-    outs: list[Tensor | None] = []
-    preacts: list[Tensor | None] = []
-    for i, (width, activation) in enumerate(zip(widths, activations, strict=True)):
-        from_preact = activation in SAVES_PREACT
-        keeps_preact = from_preact and keeps(save, i, widths)
-        keeps_out = i == last or (keeps(save, i, widths) and not (from_preact and save == "first"))
-        outs.append(x.new_empty((M, width)) if keeps_out else None)
-        preacts.append(x.new_empty((M, width)) if keeps_preact else None)
+    keeps = kept(save, widths, activations)
+    outs = [x.new_empty((M, width)) if out else None for width, (out, _) in zip(widths, keeps, strict=True)]
+    preacts = [x.new_empty((M, width)) if preact else None for width, (_, preact) in zip(widths, keeps, strict=True)]
     if M > 0:
         strides = x.stride(), *zip(*(weight.stride() for weight in weights), strict=True)
         encoder_forward_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
@@ -225,11 +219,21 @@ def encoder_forward(
     return outs + of_preacts if save != "nothing" else outs[-1:]
 
 
-def keeps(save: str, layer: int, widths: Sequence[int]) -> bool:
-    """Whether what the backward pass needs of a layer's output is kept in memory."""
-    if save == "first":
-        return layer == 0 or (layer == len(widths) - 1 and padded(widths[-1]) > WIDEST)
-    return save == "all"
+def kept(save: str, widths: Sequence[int], activations: Sequence[str]) -> list[tuple[bool, bool]]:
+    """Of each layer, whether its output and its pre-activation are written to memory."""
+    last = len(widths) - 1
+    wide = padded(widths[last]) > WIDEST
+    result = []
+    for i, activation in enumerate(activations):
+        from_preact = activation in SAVES_PREACT
+        if save == "first":
+            # Of a wide last layer, what the kernels that make its gradients read.
+            out = (i == 0 and not from_preact) or (i == last - 1 and wide)
+            preact = from_preact and (i == 0 or (i == last and wide))
+        else:
+            out, preact = save == "all", save == "all" and from_preact
+        result.append((out or i == last, preact))
+    return result
 
 
 def default_config(widths: Sequence[int], dtype: torch.dtype, facts: Target) -> Config:

@@ -153,6 +153,10 @@ def weight_gradient(
     Returns: what `reduce` has still to add up; nothing if the rows were not split.
     int64: 64-bit offsets within a tile even where 32 bits would do.
     """
+    layers = [
+        layer._replace(grad_weight=None) if layer.grad_weight is not None and layer.grad_weight.numel() == 0 else layer
+        for layer in layers
+    ]
     layers = [layer for layer in layers if layer.grad_weight is not None or layer.grad_bias is not None]
     if not layers:
         return []

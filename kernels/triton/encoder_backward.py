@@ -1,0 +1,237 @@
+"""The gradients of a narrow stack in at most three launches.
+
+1. The chain (`encoder_chain.py`): dZ of each layer, on chip. The hidden activations that the forward pass did not keep
+   are found again, and the weight gradients of the inner layers are summed in registers, as far as those suffice.
+2. The weight gradients with a wide side, the first layer's above all (`weight_gradient.py`), from the dZ that the chain
+   wrote.
+3. The sum of the partial sums of both (`reduce.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from .activation import SAVES_PREACT
+from .configs import Config, shortlist
+from .device import Target, precision, target
+from .encoder_chain import encoder_chain_kernel
+from .encoder_forward import LONGEST_STRIDE, WIDEST, padded
+from .reduce import Buffer, Partials, reduce
+from .tuning import config_for
+from .weight_gradient import Layer, weight_gradient
+
+# The most elements of weight gradients that a program sums in registers, by the bytes of the dtype.
+MOST_ON_CHIP = {2: 24 * 1024, 4: 24 * 1024}
+# A program's partial sums, written and read again, may be this share of what a training step moves for its rows.
+PARTIALS_SHARE = 1 / 16
+
+
+def fits_on_chip(widths: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether registers hold the weight gradients of all inner layers, so that `encoder_forward` may save "first"."""
+    return all(_sums_on_chip(widths, dtype, [True] * len(widths))[1:])
+
+
+def _sums_on_chip(widths: Sequence[int], dtype: torch.dtype, wanted: Sequence[bool]) -> list[bool]:
+    """Of each layer, whether the chain makes its weight gradient. True also for what it need not: a wide last layer."""
+    left = MOST_ON_CHIP[dtype.itemsize]
+    result = [False]
+    for i in range(1, len(widths)):
+        if i == len(widths) - 1 and padded(widths[i]) > WIDEST:
+            result.append(True)
+            continue
+        size = padded(widths[i]) * padded(widths[i - 1]) if wanted[i] else 0
+        result.append(size <= left)
+        left -= size if size <= left else 0
+    return result
+
+
+def encoder_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    results: Sequence[Tensor | None],
+    activations: Sequence[str],
+    output_mask: Sequence[bool],
+    dropouts: Sequence[float] | None = None,
+    seed: Tensor | None = None,
+    int64: bool = False,
+    config: Config | None = None,
+) -> list[Tensor]:
+    """The gradients of x, then of weight and bias of each layer; an empty tensor where `output_mask` does not ask.
+
+    results: of `encoder_forward`. With "all" saved, biases may be None, and what is not read may be empty or None.
+    The other arguments as for `encoder_forward`.
+    """
+    M, K = x.shape
+    depth = len(weights)
+    widths = [weight.shape[0] for weight in weights]
+    grads = [
+        torch.empty(shape, dtype=x.dtype, device=x.device) if wanted else x.new_empty(0)
+        for shape, wanted in zip(_shapes(x, weights), output_mask, strict=True)
+    ]
+    if M == 0:
+        return [grad.zero_() for grad in grads]
+    wants_weight, wants_bias = list(output_mask[1::2]), list(output_mask[2::2])
+    wanted = [i for i in range(depth) if wants_weight[i] or wants_bias[i]]
+    if not wanted and not output_mask[0]:
+        return grads
+    lowest = 0 if output_mask[0] else wanted[0]
+    dropouts = tuple(dropouts or (0.0,) * depth)
+    outs, saveds = _by_layer(results, activations)
+
+    wide = padded(widths[-1]) > WIDEST
+    on_chip = [
+        chip and not (wide and i == depth - 1) for i, chip in enumerate(_sums_on_chip(widths, x.dtype, wants_weight))
+    ]
+    sums_weight = [on_chip[i] and wants_weight[i] for i in range(depth)]
+    # A bias goes where its layer's weight gradient goes; alone, it is summed on chip.
+    sums_bias = [
+        wants_bias[i] and (on_chip[i] or not wants_weight[i]) and not (wide and i == depth - 1) for i in range(depth)
+    ]
+    dzs: list[Tensor | None] = [None] * depth
+    layers: list[Layer] = []
+    for i in wanted:
+        if (wants_weight[i] and not sums_weight[i]) or (wants_bias[i] and not sums_bias[i]):
+            below = x if i == 0 else outs[i - 1]
+            own = (
+                grads[2 * i + 1] if wants_weight[i] else None,
+                grads[2 * i + 2] if wants_bias[i] and not sums_bias[i] else None,
+            )
+            if i == depth - 1:
+                saved = None if activations[i] == "identity" else saveds[i]
+                layers.append(Layer(grad_out, saved, below, activations[i], *own, dropouts[i], i))
+            else:
+                dzs[i] = torch.empty((M, widths[i]), dtype=x.dtype, device=x.device)
+                layers.append(Layer(dzs[i], None, below, "identity", *own))
+
+    partials: list[Partials] = []
+    if lowest < depth - 1 or not wide or output_mask[0]:
+        summed = [
+            grads[2 * i + 1 + j] for i in range(depth) for j, sums in enumerate((sums_weight, sums_bias)) if sums[i]
+        ]
+        partials += _chain(
+            grad_out, weights, biases, saveds, grads[0] if output_mask[0] else None, dzs, summed, sums_weight,
+            sums_bias, lowest, activations, dropouts, seed, K, int64, config,
+        )  # fmt: skip
+    partials += weight_gradient(layers, seed, int64)
+    reduce(partials)
+    return grads
+
+
+def _shapes(x: Tensor, weights: Sequence[Tensor]) -> list[torch.Size]:
+    return [x.shape, *(shape for weight in weights for shape in (weight.shape, weight.shape[:1]))]
+
+
+def _by_layer(
+    results: Sequence[Tensor | None], activations: Sequence[str]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The outputs, and what the derivatives are made of; None for what is not there."""
+    there = [result if result is not None and result.numel() else None for result in results]
+    outs = there[: len(activations)]
+    preacts = iter(there[len(activations) :])
+    return outs, [
+        next(preacts) if activation in SAVES_PREACT else out for out, activation in zip(outs, activations, strict=True)
+    ]
+
+
+def _chain(
+    grad_out, weights, biases, saveds, grad_x, dzs, summed, sums_weight, sums_bias, lowest, activations, dropouts, seed,
+    K, int64, config,
+) -> list[Partials]:  # fmt: skip
+    M, depth = grad_out.shape[0], len(weights)
+    widths = tuple(weight.shape[0] for weight in weights)
+    wide = padded(widths[-1]) > WIDEST
+    # What the kernel reads of each layer: for its own derivative, as the input of the next one's weight gradient, or to
+    # find the next one's output again.
+    read = [False] * depth
+    for i in reversed(range(depth)):
+        if i == depth - 1 and wide:
+            continue
+        derives = i >= lowest and activations[i] != "identity"
+        feeds = i + 1 < depth and (sums_weight[i + 1] or (read[i + 1] and saveds[i + 1] is None))
+        read[i] = derives or feeds
+    if config is None:
+        facts = target(grad_out.device)
+        config = config_for(
+            "encoder_chain",
+            grad_out,
+            (M, K, widths, tuple(activations), tuple(sums_weight), grad_x is not None),
+            lambda: default_config(M, K, widths, grad_out.dtype, sums_weight, facts),
+            lambda: candidates(M, K, widths, grad_out.dtype, sums_weight, facts),
+            lambda candidate: _chain(
+                grad_out, weights, biases, saveds, grad_x, dzs, summed, sums_weight, sums_bias, lowest, activations,
+                dropouts, seed, K, int64, candidate,
+            ),
+        )  # fmt: skip
+    config = dict(config)
+    rows = triton.cdiv(config.pop("rows"), config["BLOCK_M"]) * config["BLOCK_M"]
+    programs = triton.cdiv(M, rows)
+    buffer = Buffer(programs, summed) if summed else None
+    offsets = iter(buffer.offsets if buffer else ())
+    starts = [[next(offsets) if sums[i] else 0 for sums in (sums_weight, sums_bias)] for i in range(depth)]
+    strides = [grad_out.stride(), *zip(*(weight.stride() for weight in weights), strict=True)]
+    encoder_chain_kernel[(programs,)](
+        grad_out,
+        tuple(weights),
+        tuple(None if bias is None else bias.contiguous() for bias in biases),
+        tuple(saveds),
+        grad_x,
+        tuple(dzs),
+        buffer.sums if buffer else None,
+        seed,
+        M,
+        K,
+        *strides[0],
+        *strides[1:],
+        tuple(start[0] for start in starts),
+        tuple(start[1] for start in starts),
+        buffer.stride if buffer else 0,
+        rows,
+        widths,
+        tuple(padded(width) for width in widths),
+        tuple(activations),
+        dropouts,
+        tuple(activation in SAVES_PREACT for activation in activations),
+        tuple(read),
+        tuple(sums_weight),
+        tuple(sums_bias),
+        LOWEST=lowest,
+        PRECISION=precision(grad_out.dtype),
+        INT64=int64 or any(stride > LONGEST_STRIDE for of_one in strides for stride in of_one),
+        **config,
+    )
+    return buffer.partials if buffer else []
+
+
+def default_rows(M: int, K: int, widths: Sequence[int], itemsize: int, sums_weight: Sequence[bool]) -> int:
+    """Rows of a program, so many that its partial sums do not cost much beside what the step moves for them."""
+    sums = sum(n * (k + 1) for n, k, wanted in zip(widths[1:], widths, sums_weight[1:], strict=False) if wanted) * 8
+    moved = 2 * itemsize * (K + sum(widths))
+    return max(1, int(sums / (moved * PARTIALS_SHARE)))
+
+
+def default_config(
+    M: int, K: int, widths: Sequence[int], dtype: torch.dtype, sums_weight: Sequence[bool], facts: Target
+) -> Config:
+    rows = max(default_rows(M, K, widths, dtype.itemsize, sums_weight), triton.cdiv(M, facts.processors))
+    # One stage: nothing in the loop over the rows is worth loading ahead.
+    if dtype.itemsize == 4:
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "rows": rows}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1, "rows": rows}
+
+
+def candidates(
+    M: int, K: int, widths: Sequence[int], dtype: torch.dtype, sums_weight: Sequence[bool], facts: Target
+) -> list[Config]:
+    """The default, then other row blocks, warps, and rows for each program."""
+    configs = [default_config(M, K, widths, dtype, sums_weight, facts)]
+    for block_m, warps in ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8)) if dtype.itemsize == 2 else ((16, 4), (16, 8)):
+        for rows in sorted({block_m, triton.cdiv(M, facts.processors), configs[0]["rows"]}):
+            config = {"BLOCK_M": block_m, "BLOCK_N": configs[0]["BLOCK_N"], "num_warps": warps, "num_stages": 1}
+            configs.append({**config, "rows": rows})
+    return shortlist(configs, [0] * len(configs), facts)
