@@ -8,19 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .backends import BACKENDS
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One call of a fused layer or stack: its shapes, the backend that ran it, and why that one."""
-
-    shapes: str
-    backend: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.shapes}: {self.backend} ({self.reason})"
+from .ops import Decision
 
 
 @dataclass(frozen=True)
@@ -50,14 +38,9 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), ops.record() as records:
+        with torch.no_grad(), ops.record() as decisions:
             model(x)
     finally:
         for module in training:
             module.training = True
-    decisions = []
-    for shapes, backend, reason in records:
-        if backend in BACKENDS and hasattr(BACKENDS[backend], "describe"):
-            reason = f"{reason}; {BACKENDS[backend].describe()}"
-        decisions.append(Decision(shapes, backend, reason))
     return Explanation(tuple(decisions))

@@ -1,7 +1,7 @@
 """fused_dense() and encoder(): the layers as functions, with their gradients.
 
 The everyday path on the CPU is one call of an operator with its autograd in C++ (csrc/eager.cpp). Where that is not
-built for this torch, and for any other backend, it is an old-style `autograd.Function` (one with `setup_context` takes
+built for this torch, and on GPUs, it is an old-style `autograd.Function` (one with `setup_context` takes
 four times as long a call). Under tracing and vmap the same layers go through `torch.ops.fastenc`; the other transforms
 of `torch.func` and forward-mode differentiation see plain ATen.
 """
@@ -44,8 +44,8 @@ class FusedDenseFunction(torch.autograd.Function):
         mask = ctx.needs_input_grad[:3]
         if grad_out is None and grad_preact is None:
             return None, None, None, None, None
-        if grad_out is None or grad_preact is not None or torch.is_grad_enabled():
-            # To be differentiated again: by formulas in ATen.
+        if grad_out is None or grad_preact is not None or _by_formulas():
+            # By formulas in ATen.
             grad = grad_preact
             if grad_out is not None:
                 from_out = grad_out if saved is None else get_activation(ctx.activation).backward(grad_out, saved)
@@ -103,7 +103,7 @@ class EncoderFunction(torch.autograd.Function):
         weights[0] = given.new_empty(()).expand(ctx.shapes[1]) if weights[0] is None else weights[0]
         results = [given.new_empty(0) if result is None else result for result in results]
         only_last = grad_out is not None and all(grad is None for i, grad in enumerate(grad_results) if i != depth - 1)
-        if only_last and not torch.is_grad_enabled() and ctx.backend is not reference:
+        if only_last and not _by_formulas() and ctx.backend is not reference:
             grads = ctx.backend.encoder_backward(grad_out, x, weights, results, ctx.activations, ctx.mask)
         else:
             grads = reference.encoder_backward(grad_results, x, weights, results, ctx.activations, ctx.mask)
@@ -130,7 +130,7 @@ def fused_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, activatio
     """
     act = get_activation(activation)
     traced = _traced_by()
-    if traced is None and (operators := ops.everyday()):
+    if traced is None and not x.is_cuda and (operators := ops.everyday()):
         return operators.dense.default(x, weight, bias, activation_code(activation))
     if traced == "operators" and _fits(x, weight, bias):
         x, weight, bias = _autocast(x, weight, bias)
@@ -141,12 +141,13 @@ def fused_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, activatio
     if _autocasts(x.device.type):
         x, weight, bias = _autocast(x, weight, bias)
     rows = x if x.dim() == 2 else _rows(x)
-    backend = None if traced else ops.select(rows, (weight,), (bias,))
+    training = torch.is_grad_enabled() and (
+        rows.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    backend = None if traced else ops.select(rows, (weight,), (bias,), (activation,), training)
     if backend is None:
         return act.forward(F.linear(x, weight, bias))
-    if torch.is_grad_enabled() and (
-        rows.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if training:
         out, _ = FusedDenseFunction.apply(rows, weight, bias, activation, backend)
     else:
         out, _ = backend.dense_forward(rows, weight, bias, activation, False)
@@ -177,8 +178,12 @@ def encoder(
             f"got {len(weights)}, {len(biases)} and {len(activations)}"
         )
     traced = _traced_by()
-    if traced is None and (operators := ops.everyday()):
+    if traced is None and not x.is_cuda and (operators := ops.everyday()):
         return operators.encoder.default(x, weights, biases, activation_codes(activations))
+    if traced is None and x.dim() > 0 and (cut := ops.parts(x, weights)):
+        for part in cut:
+            x = encoder(x, weights[part], biases[part], activations[part])
+        return x
     if (
         len(weights) == 1
         or x.dim() == 0
@@ -199,23 +204,27 @@ def encoder(
     rows = x if x.dim() == 2 else _rows(x)
     for activation in activations:
         get_activation(activation)
-    backend = ops.select(rows, weights, biases)
+    first = _first_with_gradient(x, weights, biases)
+    backend = ops.select(rows, weights, biases, activations, first < len(weights))
     if backend is None:
         return _layer_by_layer(x, weights, biases, activations)
-    out = _run_stack(rows, weights, biases, activations, backend)
+    out = _run_stack(rows, weights, biases, activations, backend, first)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weights[-1].shape[0])
 
 
-def _run_stack(x, weights, biases, activations, backend: ModuleType) -> Tensor:
-    first = 0  # the first layer that has a gradient; what lies below needs none, and saves nothing
-    if torch.is_grad_enabled():
-        if not x.requires_grad:
-            while first < len(weights) and not (
-                weights[first].requires_grad or (biases[first] is not None and biases[first].requires_grad)
-            ):
-                first += 1
-    else:
-        first = len(weights)
+def _first_with_gradient(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> int:
+    """The first layer that has a gradient; what lies below needs none, and saves nothing. Their number if none has."""
+    if not torch.is_grad_enabled():
+        return len(weights)
+    if x.requires_grad:
+        return 0
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return i
+    return len(weights)
+
+
+def _run_stack(x, weights, biases, activations, backend: ModuleType, first: int) -> Tensor:
     if first > 0:
         with torch.no_grad():
             x = backend.encoder_forward(x, weights[:first], biases[:first], activations[:first], False)[0]
@@ -241,6 +250,11 @@ def _traced_by() -> str | None:
         only_vmap = all(functorch.CInterpreter.key(layer) == functorch.TransformType.Vmap for layer in layers)
         return "operators" if only_vmap else "aten"
     return "aten" if forward_ad._current_level >= 0 else None
+
+
+def _by_formulas() -> bool:
+    """Whether a backward pass is to be differentiated again, or is batched: then ATen's formulas run it."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

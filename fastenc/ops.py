@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,11 +35,34 @@ from .backends import BACKENDS, reference
 CHOICES = ("auto", *BACKENDS)
 
 _forced: ContextVar[str] = ContextVar("fastenc_backend", default="auto")
-_recorder: ContextVar[list[tuple[str, str, str]] | None] = ContextVar("fastenc_recorder", default=None)
+_recorder: ContextVar[list[Decision] | None] = ContextVar("fastenc_recorder", default=None)
+_ON_DEVICE = {
+    device: [backend for backend in BACKENDS.values() if device == backend.DEVICE] for device in ("cpu", "cuda")
+}
+
+
+class Decision(NamedTuple):
+    """Which backend runs some layers, and why."""
+
+    rows: int
+    widths: tuple[int, ...]  # of the input, then of each layer
+    activations: tuple[str, ...]
+    biases: tuple[bool, ...]  # whether each layer has one
+    dtype: torch.dtype
+    backend: str
+    reason: str
+
+    @property
+    def shapes(self) -> str:
+        """For people, for example "32 rows, 784-128-64, float32"."""
+        return f"{self.rows} rows, {'-'.join(map(str, self.widths))}, {str(self.dtype).removeprefix('torch.')}"
+
+    def __str__(self) -> str:
+        return f"{self.shapes}: {self.backend} ({self.reason})"
 
 
 class use_backend:  # noqa: N801 - used as a function and in a with statement
-    """Run the fused layers on `name`: "auto" (each where it is fastest), "cpu" or "reference" (ATen).
+    """Run the fused layers on `name`: "auto" (each where it is fastest), "cpu", "triton" or "reference" (ATen).
 
     `use_backend("reference")` holds from here on, in this thread; `with use_backend("reference"):` for the block.
     A forced backend that cannot take some arguments is not used for them (`explain` says why).
@@ -63,9 +87,9 @@ class use_backend:  # noqa: N801 - used as a function and in a with statement
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[tuple[str, str, str]]]:
-    """Collect the choices made meanwhile in this thread: shapes, backend, reason."""
-    records: list[tuple[str, str, str]] = []
+def record() -> Iterator[list[Decision]]:
+    """Collect the decisions made meanwhile in this thread."""
+    records: list[Decision] = []
     token = _recorder.set(records)
     try:
         yield records
@@ -79,45 +103,87 @@ def _warn_once(reason: str) -> None:
 
 
 def everyday():
-    """The operators that choose for themselves, if nothing is forced or recorded and they are there; else None."""
+    """The operators for CPU tensors that choose for themselves, if nothing is forced or recorded and they are there."""
     if _forced.get() != "auto" or _recorder.get() is not None:
         return None
     return BACKENDS["cpu"].eager_operators()
 
 
-def select(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> ModuleType | None:
-    """The backend to run these layers on; None for plain eager PyTorch. x is [M, K]."""
+def select(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    training: bool,
+) -> ModuleType | None:
+    """The backend to run these layers on; None for plain eager PyTorch. x is [M, K].
+
+    training: whether gradients follow. On a GPU this is on the path of every call: what it costs, each layer pays.
+    """
     forced = _forced.get()
+    candidates = _ON_DEVICE.get(x.device.type, []) if forced == "auto" else [BACKENDS[forced]]
     reasons = []
-    for name in BACKENDS if forced == "auto" else (forced,):
-        backend = BACKENDS[name]
-        if backend is reference and forced == "auto":
-            continue  # eager PyTorch itself
+    for backend in candidates:
         reason = _why_not(backend, x, weights, biases)
-        if reason is None:
-            return _decide(x, weights, backend, "asked for" if forced == name else "fastest for these arguments")
-        reasons.append(f"{name}: {reason}")
-    if forced == "auto" and x.is_cpu and (unavailable := BACKENDS["cpu"].why_unavailable()):
-        _warn_once(unavailable)
-    return _decide(x, weights, None, "; ".join(reasons))
+        if reason is not None:
+            if forced == "auto" and (unavailable := backend.why_unavailable()):
+                _warn_once(unavailable)
+        elif forced != "auto":
+            return _decide(x, weights, biases, activations, backend, "asked for")
+        elif not hasattr(backend, "verdict"):
+            return _decide(x, weights, biases, activations, backend, "fastest for these arguments")
+        else:
+            chosen, reason = backend.verdict(x, weights, activations, training)
+            if chosen:
+                return _decide(x, weights, biases, activations, backend, reason)
+        reasons.append(f"{backend.NAME}: {reason}")
+    reason = "; ".join(reasons) or f"there are no kernels for tensors on {x.device}"
+    return _decide(x, weights, biases, activations, None, reason)
+
+
+def parts(x: Tensor, weights: Sequence[Tensor]) -> list[slice] | None:
+    """How to cut a stack so that each part can run in one kernel; None for not at all."""
+    forced = _forced.get()
+    for backend in _ON_DEVICE.get(x.device.type, []) if forced == "auto" else [BACKENDS[forced]]:
+        if hasattr(backend, "parts") and backend.why_unavailable() is None:
+            found = backend.parts(tuple(weight.shape[0] if weight.dim() else 0 for weight in weights))
+            return found if len(found) > 1 else None
+    return None
 
 
 def _why_not(backend: ModuleType, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> str | None:
     if reason := backend.why_not(x, weights[0], biases[0]):
         return reason
-    # The layers above take what the ones below give: a stand-in of the right width, dtype and device.
     for below, weight, bias in zip(weights, weights[1:], biases[1:], strict=False):
-        if reason := backend.why_not(below.detach().new_empty(()).expand(1, below.shape[0]), weight, bias):
+        # The layers above take what the ones below give: a stand-in of the right width, dtype and device.
+        if reason := backend.why_not(below.detach().t(), weight, bias):
             return reason
     return None
 
 
-def _decide(x: Tensor, weights: Sequence[Tensor], backend: ModuleType | None, reason: str) -> ModuleType | None:
+def _decide(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    backend: ModuleType | None,
+    reason: str,
+) -> ModuleType | None:
     recorder = _recorder.get()
     if recorder is not None:
-        widths = [x.shape[-1], *(weight.shape[0] for weight in weights)]
-        shape = f"{x.shape[0]} rows, {'-'.join(map(str, widths))}, {str(x.dtype).removeprefix('torch.')}"
-        recorder.append((shape, backend.NAME if backend else "eager PyTorch", reason))
+        if backend is not None and hasattr(backend, "describe"):
+            reason = f"{reason}; {backend.describe()}"
+        recorder.append(
+            Decision(
+                x.shape[0],
+                (x.shape[-1], *(weight.shape[0] for weight in weights)),
+                tuple(activations),
+                tuple(bias is not None for bias in biases),
+                x.dtype,
+                backend.NAME if backend else "eager PyTorch",
+                reason,
+            )
+        )
     return backend
 
 
@@ -137,22 +203,22 @@ _library.define(
 
 
 def _dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool):
-    backend = select(x, [weight], [bias]) or reference
+    backend = select(x, [weight], [bias], [activation], save) or reference
     return backend.dense_forward(x, weight, bias, activation, save)
 
 
 def _dense_backward(grad_out, x, weight, saved, activation, output_mask):
-    backend = select(x, [weight], [None]) or reference
+    backend = select(x, [weight], [None], [activation], True) or reference
     return backend.dense_backward(grad_out, x, weight, saved, activation, output_mask)
 
 
 def _encoder_forward(x, weights, biases, activations, save):
-    backend = select(x, weights, biases) or reference
+    backend = select(x, weights, biases, activations, save) or reference
     return backend.encoder_forward(x, weights, biases, activations, save)
 
 
 def _encoder_backward(grad_out, x, weights, results, activations, output_mask):
-    backend = select(x, weights, [None] * len(weights)) or reference
+    backend = select(x, weights, [None] * len(weights), activations, True) or reference
     if backend is reference:
         return _reference_encoder_backward(grad_out, x, weights, results, activations, output_mask)
     return backend.encoder_backward(grad_out, x, weights, results, activations, output_mask)

@@ -264,6 +264,8 @@ def take_path(name: str) -> Iterator[None]:
             yield
 
 
+# Triton's kernels run on CPU tensors only when they are interpreted, which is slow: test_backend_triton.py has those.
+ON_THE_CPU = tuple(name for name in BACKENDS if name != "triton")
 # The ways that run the layers on plain tensors: what users get, the autograd Functions in Python where the operators
 # with autograd in C++ are not built, and each backend by force.
-PATHS = ("everyday", "functions", *BACKENDS)
+PATHS = ("everyday", "functions", *ON_THE_CPU)

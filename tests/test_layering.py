@@ -113,7 +113,13 @@ def test_imports_point_one_way():
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {target or 'fastenc'}")
     assert not wrong
     # The walk sees relative, absolute and lazy imports.
-    assert {("cli", "training"), ("training", "data"), ("pretrained", "encoder"), ("backends", "_C")} <= edges
+    assert {
+        ("cli", "training"),
+        ("training", "data"),
+        ("pretrained", "encoder"),
+        ("backends", "_C"),
+        ("backends", "kernels"),
+    } <= edges
 
 
 def test_data_knows_nothing_of_fastenc():
@@ -133,7 +139,28 @@ def test_heavy_packages_wait_until_needed():
             for name, _ in imports(statement, package_of(path)):
                 if name.split(".")[0] in HEAVY:
                     found.add((module, name.split(".")[0]))
-    assert found == {("cli", "typer")}  # its commands are declared when it is imported
+    # The command line's commands are declared when it is imported; the kernels are imported when they are asked for.
+    assert found == {("cli", "typer"), ("kernels", "triton")}
+
+
+def test_the_kernels_wait_until_needed():
+    importers = set()
+    for module, path in sources():
+        for statement in at_module_level(ast.parse(path.read_text()).body):
+            if any(name.startswith("fastenc.kernels") for name, _ in imports(statement, package_of(path))):
+                importers.add(module)
+    assert importers == {"kernels"}
+
+
+def test_kernels_know_torch_and_triton_and_no_autograd():
+    for path in sorted((ROOT / "kernels" / "triton").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        names = [name for name, _ in imports(tree, package_of(path))]
+        assert all(name.startswith("fastenc.kernels.") for name in names if name.startswith("fastenc")), path.name
+        packages = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
+        assert packages <= {"fastenc", "torch", "triton"}, path.name
+        assert not any("autograd" in ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+        assert not any("autograd" in name for name in names), path.name
 
 
 def test_import_fastenc_is_light():

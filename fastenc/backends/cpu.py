@@ -15,6 +15,7 @@ from torch import Tensor
 from ..activation import activation_code, activation_codes
 
 NAME = "cpu"
+DEVICE = "cpu"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)

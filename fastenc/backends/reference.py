@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..activation import get_activation
 
 NAME = "reference"
+DEVICE = None
 
 
 def why_unavailable() -> str | None:

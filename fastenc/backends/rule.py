@@ -1,0 +1,147 @@
+"""When the Triton kernels should be faster than eager PyTorch: a model, not a measurement.
+
+A step takes the longer of what its host needs to launch it and what its device needs to run it. The device needs, for
+each kernel, KERNEL microseconds and the longer of arithmetic and memory traffic, by the GPU's datasheet. Fusing saves
+the passes over the activations and launches; it costs where our product is slower than cuBLAS's, and a launch of a
+Triton kernel costs the host more than that of an eager operator. In a CUDA graph the host costs nothing.
+
+What is assumed is in the constants. `fastenc tune` measures, and what it finds goes before this rule.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Microseconds.
+EAGER_OP = 5.0  # the host, for one operator of eager PyTorch and its share of autograd
+TRITON_LAUNCH = 15.0  # the host, for one launch of ours
+FUNCTION = 10.0  # the host, for an autograd Function in Python, in either direction
+KERNEL = 2.0  # the device, for beginning and ending a kernel
+STEP = 0.3  # the device, for STEP_K columns of a sum that one program makes alone; cuBLAS cuts such sums in pieces
+
+STEP_K = 64
+SHARE = 0.75  # of cuBLAS's rate that our products reach on tensor cores; 0.5 without them
+SHARE_WITHOUT = 0.5
+GAIN = 0.95  # our time must be less than this share of eager's: nearer than that the model cannot tell
+
+
+class Datasheet(NamedTuple):
+    """Dense rates of a GPU, in 10^6 operations or bytes a microsecond, that is 10^12 a second."""
+
+    tensor: float  # 16-bit products on tensor cores; TF32 has half of it
+    plain: float  # fp32 without them
+    memory: float
+
+
+# A100 80 GB SXM, A40, L40, H100 SXM, B200, RTX 5090.
+DATASHEETS = {
+    80: Datasheet(312, 19.5, 2.04),
+    86: Datasheet(150, 37.4, 0.70),
+    89: Datasheet(181, 90.5, 0.86),
+    90: Datasheet(989, 67, 3.35),
+    100: Datasheet(2250, 75, 8.0),
+    120: Datasheet(210, 105, 1.79),
+}
+
+
+def datasheet(arch: int) -> Datasheet:
+    """Of the GPU listed with this compute capability, or the nearest one below it."""
+    return DATASHEETS[max((known for known in DATASHEETS if known <= arch), default=80)]
+
+
+class Work(NamedTuple):
+    """What one side does in a step."""
+
+    host: float  # microseconds
+    device: float  # microseconds
+
+    def time(self, captured: bool) -> float:
+        return self.device if captured else max(self.host, self.device)
+
+
+class Problem(NamedTuple):
+    """A stack of layers (one, or several in one kernel) and the step that it is part of."""
+
+    M: int
+    widths: tuple[int, ...]  # of the input, then of each layer
+    activations: tuple[str, ...]
+    dtype: torch.dtype
+    tensor_cores: bool  # whether products run on them: 16-bit types, and fp32 where TF32 is allowed
+    training: bool  # whether a backward pass follows
+    captured: bool  # whether the step goes into a CUDA graph
+
+
+def ratio(problem: Problem, arch: int) -> float:
+    """Eager PyTorch's modelled time over ours: above 1 ours is less."""
+    sheet = datasheet(arch)
+    ours = _ours(problem, sheet).time(problem.captured)
+    return _eager(problem, sheet).time(problem.captured) / ours
+
+
+def _product(problem: Problem, sheet: Datasheet, N: int, K: int, share: float = 1.0) -> float:
+    """Microseconds of a product of [M, K] and [K, N], or of one of its two gradients, which are as large."""
+    M, itemsize = problem.M, problem.dtype.itemsize
+    rate = sheet.tensor * 2 / itemsize if problem.tensor_cores else sheet.plain
+    return max(2e-6 * M * N * K / (rate * share), 1e-6 * (M * K + N * K + M * N) * itemsize / sheet.memory)
+
+
+def _traffic(problem: Problem, sheet: Datasheet, elements: float) -> float:
+    return 1e-6 * elements * problem.dtype.itemsize / sheet.memory
+
+
+def _layers(problem: Problem) -> list[tuple[int, int, bool]]:
+    """(K, N, whether there is an activation) of each layer."""
+    pairs = zip(problem.widths, problem.widths[1:], problem.activations, strict=False)
+    return [(K, N, activation != "identity") for K, N, activation in pairs]
+
+
+def _eager(problem: Problem, sheet: Datasheet) -> Work:
+    ops, device = 0, 0.0
+    for K, N, active in _layers(problem):
+        size = problem.M * N
+        ops += 1 + active
+        device += _product(problem, sheet, N, K) + active * _traffic(problem, sheet, 2 * size)
+        if problem.training:  # the activation's derivative, both products, the bias's sum
+            ops += 3 + active
+            device += 2 * _product(problem, sheet, N, K) + _traffic(problem, sheet, (3 * active + 1) * size)
+    return Work(ops * EAGER_OP, device + ops * KERNEL)
+
+
+def _ours(problem: Problem, sheet: Datasheet) -> Work:
+    """One kernel forward and three backward."""
+    launches = 4 if problem.training else 1
+    host = launches * TRITON_LAUNCH + 2 * FUNCTION * problem.training
+    whole = _dense if len(problem.activations) == 1 else _stack
+    return Work(host, whole(problem, sheet) + launches * KERNEL)
+
+
+def _share(problem: Problem) -> float:
+    return SHARE if problem.tensor_cores else SHARE_WITHOUT
+
+
+def _dense(problem: Problem, sheet: Datasheet) -> float:
+    ((K, N, active),) = _layers(problem)
+    fused = _product(problem, sheet, N, K, _share(problem))
+    forward = max(fused, STEP * K / STEP_K)
+    if not problem.training:
+        return forward
+    size = problem.M * N
+    # Both products apply the derivative as they load; or, for wide layers, dZ is written once, for cuBLAS.
+    loading = fused + max(fused, STEP * N / STEP_K) + _traffic(problem, sheet, 2 * active * size)
+    writing = 2 * _product(problem, sheet, N, K) + _traffic(problem, sheet, (1 + 2 * active) * size)
+    return forward + min(loading, writing)
+
+
+def _stack(problem: Problem, sheet: Datasheet) -> float:
+    """Hidden outputs stay on chip; they are written for, and read by, the backward pass."""
+    outputs, weights = sum(problem.widths[1:]), sum(K * N for K, N, _ in _layers(problem))
+    inputs = problem.widths[0]
+    rate = _share(problem) * (sheet.tensor * 2 / problem.dtype.itemsize if problem.tensor_cores else sheet.plain)
+    operations = 2e-6 * problem.M * weights / rate
+    kept = outputs if problem.training else problem.widths[-1]
+    time = max(operations, _traffic(problem, sheet, problem.M * (inputs + kept) + weights), STEP * inputs / STEP_K)
+    if problem.training:
+        time += max(2 * operations, _traffic(problem, sheet, problem.M * (inputs + 2 * outputs) + 2 * weights))
+    return time
