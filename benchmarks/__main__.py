@@ -2,6 +2,7 @@
 
     python -m benchmarks                                  # tens of minutes; the machine should do nothing else
     python -m benchmarks --quick --out /tmp/bench         # a smoke test
+    python -m benchmarks --device cuda                    # on a GPU; `make gpu` does more
     python -m benchmarks --compare before.json after.json # exit code 1 if a row became slower or fails now
 
 Writes one JSON file per question and RESULTS.md with their tables.
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks", description="Measure fastenc against eager PyTorch, or compare two measurements."
     )
     add_options(parser)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="by default benchmarks/results/<cpu>-<date>")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="by default benchmarks/results/<processor>-<date>")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"), help="two JSON files")
     parsed = parser.parse_args(arguments)
     if parsed.compare is not None:
@@ -37,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return print_comparison(*parsed.compare)
         except ReportError as error:
             parser.error(str(error))
-    options, machine = parse_options(parsed), describe_machine()
-    folder = parsed.out or RESULTS / folder_name(machine["cpu"], machine["time"])
+    options, machine = parse_options(parser, parsed), describe_machine(parsed.device)
+    processor = machine["cpu"] if machine["gpu"] is None else machine["gpu"]["name"]
+    folder = parsed.out or RESULTS / folder_name(processor, machine["time"])
     folder.mkdir(parents=True, exist_ok=True)
     reports = []
     for question in QUESTIONS:
@@ -52,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return max(exit_code(report) for report in reports)
 
 
-def folder_name(cpu: str, time: str) -> str:
+def folder_name(processor: str, time: str) -> str:
     """The processor, date and minute in letters that any file system takes."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{cpu}-{time[:16]}".lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", f"{processor}-{time[:16]}".lower()).strip("-")
 
 
 def print_comparison(before: Path, after: Path) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from . import cuda
 from .harness import Case, Row, run_case
 from .machine import QUICK_SIZES, SIZES, Peak, describe_machine, measure_peak, peak_name
 from .report import build_report, to_markdown
@@ -22,12 +23,28 @@ QUICK_BUDGET_S = 0.05
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure: numbers of threads, dtypes, and whether only a few cases for a few milliseconds."""
+    """What to measure: numbers of threads, dtypes, whether only a few cases for a few milliseconds, and where."""
 
     threads: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     quick: bool
     seed: int
+    device: str = "cpu"
+
+    def places(self) -> Iterator[Place]:
+        """Each number of threads on the CPU; each way of timing on a GPU."""
+        if self.device == "cpu":
+            yield from (Place(threads) for threads in self.threads)
+        else:
+            yield from (Place(torch.get_num_threads(), self.device, way) for way in cuda.WAYS)
+
+
+class Place(NamedTuple):
+    """Where and how a case is timed: the fields of `Case` of these names."""
+
+    threads: int
+    device: str = "cpu"
+    way: str = cuda.CALLS
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few cases for a few milliseconds each: a smoke test")
     parser.add_argument("--threads", type=positive, nargs="+", help="numbers of threads; by default 1 and all")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="by default all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="by default cpu")
+    parser.add_argument("--tf32", action="store_true", help="let both sides multiply float32 as TF32 on a GPU")
     parser.add_argument("--seed", type=int, help="of weights and inputs; by default fresh ones in every run")
 
 
@@ -54,11 +73,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse_options(arguments: argparse.Namespace) -> Options:
+def parse_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Options:
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU here; run it on a machine with one, or leave --device out")
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if arguments.tf32 else "ieee"
     threads = arguments.threads or [1, torch.get_num_threads()]
     seed = torch.seed() % 2**32 if arguments.seed is None else arguments.seed
     dtypes = tuple(DTYPES[name] for name in dict.fromkeys(arguments.dtype))
-    return Options(tuple(dict.fromkeys(threads)), dtypes, arguments.quick, seed)
+    return Options(tuple(dict.fromkeys(threads)), dtypes, arguments.quick, seed, arguments.device)
 
 
 def main(question: Question, arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +91,7 @@ def main(question: Question, arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.json is not None and not parsed.json.parent.is_dir():
         parser.error(f"--json {parsed.json}: there is no folder {parsed.json.parent}; make it first")
-    report = answer(question, parse_options(parsed), describe_machine())
+    report = answer(question, parse_options(parser, parsed), describe_machine(parsed.device))
     if parsed.json is not None:
         write_json(report, parsed.json)
     print(to_markdown(report))
@@ -93,10 +115,10 @@ def answer(question: Question, options: Options, machine: dict[str, Any]) -> dic
 
 
 def measure_peaks(cases: Sequence[Case], quick: bool) -> dict[str, Peak]:
-    """The peak for each dtype and number of threads among the cases."""
+    """The peak for each dtype and number of threads, or GPU, among the cases."""
     sizes = QUICK_SIZES if quick else SIZES
-    kinds = dict.fromkeys((case.dtype, case.threads) for case in cases)
-    return {peak_name(dtype, threads): measure_peak(dtype, threads, sizes) for dtype, threads in kinds}
+    kinds = {peak_name(case): (case.dtype, case.threads, sizes[case.device], case.device) for case in cases}
+    return {name: measure_peak(*kind) for name, kind in kinds.items()}
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:

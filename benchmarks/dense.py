@@ -22,9 +22,18 @@ QUICK_SHAPES = ((1, 16, 16), (32, 128, 784))
 
 def cases(options: Options) -> Iterator[Case]:
     shapes = QUICK_SHAPES if options.quick else tuple(itertools.product(ROWS, WIDTHS, WIDTHS))
-    for threads, dtype, mode in itertools.product(options.threads, options.dtypes, (FORWARD, EVERYTHING)):
+    for place, dtype, mode in itertools.product(options.places(), options.dtypes, (FORWARD, EVERYTHING)):
         for M, N, K in shapes:
-            yield Case(mode, {"M": M, "N": N, "K": K}, dtype, threads, stack_flops(M, (K, N), mode), setup)
+            yield Case(
+                mode,
+                {"M": M, "N": N, "K": K},
+                dtype,
+                place.threads,
+                stack_flops(M, (K, N), mode),
+                setup,
+                device=place.device,
+                way=place.way,
+            )
 
 
 def setup(case: Case) -> Sides:

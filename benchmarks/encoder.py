@@ -23,8 +23,17 @@ QUICK_BATCHES = (1, 32)
 def cases(options: Options) -> Iterator[Case]:
     modes = (FORWARD, PARAMETERS, EVERYTHING)
     batches = QUICK_BATCHES if options.quick else BATCHES
-    for threads, dtype, mode, M in itertools.product(options.threads, options.dtypes, modes, batches):
-        yield Case(mode, {"batch": M}, dtype, threads, stack_flops(M, WIDTHS, mode), setup)
+    for place, dtype, mode, M in itertools.product(options.places(), options.dtypes, modes, batches):
+        yield Case(
+            mode,
+            {"batch": M},
+            dtype,
+            place.threads,
+            stack_flops(M, WIDTHS, mode),
+            setup,
+            device=place.device,
+            way=place.way,
+        )
 
 
 def setup(case: Case) -> Sides:

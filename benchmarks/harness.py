@@ -11,11 +11,12 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from . import cuda
 from .stats import FEWEST, Quartiles, median_interval, quartiles
 
 SAMPLE_NS = 1_000_000  # a sample is as many calls as last this long, so that the clock's own cost does not count
@@ -34,6 +35,7 @@ class Case:
     flops: floating-point operations of the matrix products that one call cannot do without, 2 * M * N * K each.
     setup: makes the two sides; random numbers come from torch's global generator.
     steps: training steps in one call; times and flops are reported per step.
+    device, way: "cpu", or "cuda" and one of `cuda.WAYS` to time there.
     """
 
     mode: str
@@ -43,11 +45,22 @@ class Case:
     flops: int
     setup: Callable[[Case], Sides]
     steps: int = 1
+    device: str = "cpu"
+    way: str = cuda.CALLS
 
     @property
     def name(self) -> str:
         sizes = " ".join(f"{name}={size}" for name, size in self.sizes.items())
-        return f"{self.mode}, {sizes}, {dtype_name(self.dtype)}, {count(self.threads, 'thread')}"
+        return f"{self.mode}, {sizes}, {dtype_name(self.dtype)}, {self.place}"
+
+    @property
+    def processor(self) -> str:
+        """What has a peak of its own."""
+        return count(self.threads, "thread") if self.device == "cpu" else self.device
+
+    @property
+    def place(self) -> str:
+        return self.processor if self.device == "cpu" else f"{self.device}, {self.way}"
 
 
 @dataclass(frozen=True)
@@ -95,32 +108,40 @@ def run_case(case: Case, budget_s: float, seed: int) -> Row:
     try:
         with threads(case.threads):
             torch.manual_seed(seed)
-            sides = case.setup(case)
+            with torch.device(case.device):
+                sides = case.setup(case)
             with sides.context():
-                if error := find_error(sides):
+                if case.device == "cuda" and case.way == cuda.GRAPHS:
+                    sides = replace(sides, fused=cuda.recorded(sides.fused), eager=cuda.recorded(sides.eager))
+                take = sample if case.device == "cpu" else cuda.SAMPLES[case.way]
+                if error := find_error(sides, case.device):
                     return Row(case, None, error)
-                timing = time_pair(sides.fused, sides.eager, budget_s)
-                if error := find_error(sides):
+                timing = time_pair(sides.fused, sides.eager, budget_s, take=take)
+                if error := find_error(sides, case.device):
                     return Row(case, None, f"after timing: {error}")
             return Row(case, timing, None)
     except Exception as error:  # one broken case must not take the other rows along
         return Row(case, None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
 
 
-def find_error(sides: Sides) -> str | None:
+def find_error(sides: Sides, device: str = "cpu") -> str | None:
     """What is wrong with the answer of one of the sides, in words; None if both are right.
 
     fused: for each tensor, |fused - exact| <= 2 * |eager - exact| + 1e-6 * |exact|, each the largest in the tensor.
-    eager: a wrong eager side would excuse a wrong fused one. In float32 it must have half of the digits right, in any
-    dtype it must be finite. (In bfloat16 rounding alone flips a relu here and there, which is an error as large as a
-    gradient; the same code is held to more in float32.)
+    eager: a wrong eager side would excuse a wrong fused one. In float32 (without TF32) it must have half of the digits
+    right, in any dtype it must be finite. (In bfloat16 rounding alone flips a relu here and there, which is an error
+    as large as a gradient; the same code is held to more in float32.)
     """
     fused_call, eager_call = sides.verify or (sides.fused, sides.eager)
-    for name, fused, eager, exact in zip(sides.names, fused_call(), eager_call(), sides.exact, strict=True):
+    with torch.device(device):
+        results = zip(sides.names, fused_call(), eager_call(), sides.exact, strict=True)
+    all_digits = device == "cpu" or torch.backends.cuda.matmul.fp32_precision != "tf32"
+    for name, fused, eager, exact in results:
         if (fused.shape, fused.dtype) != (eager.shape, eager.dtype):
             return f"{name} of fused is {describe(fused)} and of eager {describe(eager)}"
         fused_error, eager_error, largest = distance(fused, exact), distance(eager, exact), largest_value(exact)
-        eager_limit = largest * torch.finfo(torch.float32).eps ** 0.5 if eager.dtype == torch.float32 else float("inf")
+        half = eager.dtype == torch.float32 and all_digits
+        eager_limit = largest * torch.finfo(torch.float32).eps ** 0.5 if half else float("inf")
         # Written so that NaN fails.
         if not (eager_error <= eager_limit and eager_error < float("inf")):
             return f"{name} of eager is off by {eager_error:.3g}, and its largest value is {largest:.3g}"
@@ -130,14 +151,31 @@ def find_error(sides: Sides) -> str | None:
     return None
 
 
-def time_pair(fused: Call, eager: Call, budget_s: float, clock: Callable[[], int] = time.perf_counter_ns) -> Timing:
+Sample = Callable[[Callable[[], object], int, Callable[[], int]], float]
+
+
+def sample(call: Callable[[], object], calls: int, clock: Callable[[], int] = time.perf_counter_ns) -> float:
+    """Nanoseconds per call over `calls` calls in a row."""
+    start = clock()
+    for _ in itertools.repeat(None, calls):
+        call()
+    return (clock() - start) / calls
+
+
+def time_pair(
+    fused: Call,
+    eager: Call,
+    budget_s: float,
+    clock: Callable[[], int] = time.perf_counter_ns,
+    take: Sample = sample,
+) -> Timing:
     """Time two calls against each other for `budget_s` seconds, or for FEWEST rounds if that takes longer.
 
     A round is fused, eager, eager, fused: a machine that speeds up or slows down steadily favours neither. Its ratio
-    is one value; the first round is warm-up. `clock` returns nanoseconds.
+    is one value; the first round is warm-up. `clock` returns nanoseconds, `take` those of a call.
     """
     with no_garbage_collection():
-        counts = {call: calls_per_sample(call, clock) for call in (fused, eager)}
+        counts = {call: calls_per_sample(call, clock, take) for call in (fused, eager)}
         fused_ns: list[float] = []
         eager_ns: list[float] = []
         ratios: list[float] = []
@@ -145,7 +183,7 @@ def time_pair(fused: Call, eager: Call, budget_s: float, clock: Callable[[], int
         for round_number in itertools.count():
             if len(ratios) >= FEWEST and clock() >= deadline:
                 break
-            first, second, third, fourth = (sample(call, counts[call], clock) for call in (fused, eager, eager, fused))
+            first, second, third, fourth = (take(call, counts[call], clock) for call in (fused, eager, eager, fused))
             if round_number > 0:
                 fused_ns += [first, fourth]
                 eager_ns += [second, third]
@@ -155,21 +193,13 @@ def time_pair(fused: Call, eager: Call, budget_s: float, clock: Callable[[], int
     )
 
 
-def calls_per_sample(call: Call, clock: Callable[[], int] = time.perf_counter_ns) -> int:
+def calls_per_sample(call: Call, clock: Callable[[], int] = time.perf_counter_ns, take: Sample = sample) -> int:
     """How many calls last SAMPLE_NS. They also warm the call up."""
     call()
     calls = 1
-    while sample(call, calls, clock) * calls < SAMPLE_NS:
+    while take(call, calls, clock) * calls < SAMPLE_NS:
         calls *= 2
     return calls
-
-
-def sample(call: Callable[[], object], calls: int, clock: Callable[[], int] = time.perf_counter_ns) -> float:
-    """Nanoseconds per call over `calls` calls in a row."""
-    start = clock()
-    for _ in itertools.repeat(None, calls):
-        call()
-    return (clock() - start) / calls
 
 
 @contextmanager
@@ -197,7 +227,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def distance(actual: Tensor, exact: Tensor) -> float:
-    return largest_value(actual.detach().double() - exact)
+    return largest_value(actual.detach().to(exact.device).double() - exact)
 
 
 def largest_value(tensor: Tensor) -> float:

@@ -17,10 +17,11 @@ import torch
 import fastenc
 from fastenc import backends
 
-from .harness import count, dtype_name, sample, threads
+from . import cuda
+from .harness import Case, Sample, dtype_name, sample, threads
 
-SIZES = (128, 256, 512, 1024)
-QUICK_SIZES = (128, 256)
+SIZES = {"cpu": (128, 256, 512, 1024), "cuda": (2048, 4096, 8192)}
+QUICK_SIZES = {"cpu": (128, 256), "cuda": (1024,)}
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Peak:
 BACKENDS = getattr(backends, "BACKENDS", {})
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor, versions, load and time, as JSON can hold them. Call it before the machine is made busy."""
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Processors, versions, load and time, as JSON can hold them. Call it before the machine is made busy."""
     return {
         "cpu": cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -47,6 +48,7 @@ def describe_machine() -> dict[str, Any]:
         "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+        "gpu": cuda.describe_gpu() if device == "cuda" else None,
         "torch": torch.__version__,
         "fastenc": fastenc.__version__,
         "backends": {name: backend.why_unavailable() or "usable" for name, backend in BACKENDS.items()},
@@ -72,20 +74,21 @@ def load_warning(machine: dict[str, Any]) -> str | None:
     return f"load average {load[0]:.1f} at the start: the machine was not idle, so expect figures to be off"
 
 
-def measure_peak(dtype: torch.dtype, number: int, sizes: tuple[int, ...] = SIZES) -> Peak:
+def measure_peak(dtype: torch.dtype, number: int, sizes: tuple[int, ...], device: str = "cpu") -> Peak:
     """The best of torch.mm over square matrices and, where fastenc measures it, of its own kernel."""
     peak = Peak(0.0, "")
+    take: Sample = sample if device == "cpu" else cuda.sample_calls
     with threads(number):
         for size in sizes:
-            a, b, out = (torch.randn(size, size).to(dtype) for _ in range(3))
+            a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
             calls = max(1, 2**24 // size**3)
             deadline = time.monotonic() + 0.1
             product = partial(torch.mm, a, b, out=out)
-            best = sample(product, calls)
+            best = take(product, calls, time.perf_counter_ns)
             while time.monotonic() < deadline:
-                best = min(best, sample(product, calls))
+                best = min(best, take(product, calls, time.perf_counter_ns))
             peak = peak.raised_to(2 * size**3 / best, f"torch.mm of {size} x {size} matrices")
-    own = own_peak(dtype, number)
+    own = own_peak(dtype, number) if device == "cpu" else None
     return peak if own is None else peak.raised_to(own, "fastenc's own kernel")
 
 
@@ -99,6 +102,6 @@ def own_peak(dtype: torch.dtype, number: int) -> float | None:
     return None if measure is None else measure(dtype, number)
 
 
-def peak_name(dtype: torch.dtype, number: int) -> str:
-    """What a peak is called in a report: one for each dtype and number of threads."""
-    return f"{dtype_name(dtype)}, {count(number, 'thread')}"
+def peak_name(case: Case) -> str:
+    """What the peak of a case is called in a report: one for each dtype and number of threads, or GPU."""
+    return f"{dtype_name(case.dtype)}, {case.processor}"

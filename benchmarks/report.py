@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .cuda import WAYS
 from .harness import Row, count, dtype_name
 from .machine import Peak, load_warning, peak_name
 from .stats import geometric_mean
@@ -30,7 +31,7 @@ def build_report(
     peaks = dict(peaks)
     for row in rows:
         if row.timing is not None:
-            key = peak_name(row.case.dtype, row.case.threads)
+            key = peak_name(row.case)
             fastest = min(row.timing.fused.median, row.timing.eager.median)
             peaks[key] = peaks[key].raised_to(row.case.flops * row.case.steps / fastest, f"the case {row.case.name}")
     records = [to_record(row, peaks) for row in sorted(rows, key=sort_key)]
@@ -48,7 +49,7 @@ def build_report(
 
 def sort_key(row: Row) -> tuple:
     case = row.case
-    return case.mode, dtype_name(case.dtype), case.threads, tuple(case.sizes.values())
+    return case.mode, dtype_name(case.dtype), case.threads, case.place, tuple(case.sizes.values())
 
 
 def to_record(row: Row, peaks: dict[str, Peak]) -> dict[str, Any]:
@@ -59,6 +60,7 @@ def to_record(row: Row, peaks: dict[str, Peak]) -> dict[str, Any]:
         "sizes": case.sizes,
         "dtype": dtype_name(case.dtype),
         "threads": case.threads,
+        "place": case.place,
         "flops": case.flops,
         "error": row.error,
     }
@@ -75,7 +77,7 @@ def to_record(row: Row, peaks: dict[str, Peak]) -> dict[str, Any]:
         "eager_per_second": 1e9 * case.steps / timing.eager.median,
         "fused_gflops": gflops,
         "eager_gflops": case.flops * case.steps / timing.eager.median,
-        "share_of_peak": gflops / peaks[peak_name(case.dtype, case.threads)].gflops,
+        "share_of_peak": gflops / peaks[peak_name(case)].gflops,
     }
 
 
@@ -87,10 +89,10 @@ def verdict(ratio: dict[str, float]) -> str:
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Worst and geometric mean of the ratios: of all rows, then of each mode, dtype and number of threads."""
+    """Worst and geometric mean of the ratios: of all rows, then of each mode, dtype and place."""
 
     def group(record: dict[str, Any]) -> str:
-        return f"{record['mode']}, {record['dtype']}, {count(record['threads'], 'thread')}"
+        return f"{record['mode']}, {record['dtype']}, {record['place']}"
 
     groups = {"all": list(records)} | {key: list(rows) for key, rows in itertools.groupby(records, group)}
     return [summarise_group(key, rows) for key, rows in groups.items()]
@@ -125,7 +127,7 @@ def to_markdown(report: dict[str, Any]) -> str:
             "mode",
             *sizes,
             "dtype",
-            "threads",
+            "on",
             "fused us",
             "eager us",
             "eager / fused",
@@ -150,6 +152,7 @@ def machine_lines(report: dict[str, Any]) -> list[str]:
     facts = [
         f"{machine['cpu']} ({machine['capability']}), {count(machine['cores'], 'core')}, "
         f"{count(machine['threads'], 'thread')}, load average {load} at the start",
+        *gpu_lines(machine),
         f"Python {machine['python']}, torch {machine['torch']}, fastenc {machine['fastenc']}",
         *(f"backend {name}: {state}" for name, state in machine["backends"].items()),
         f"{machine['time']}, seed {report['seed']}",
@@ -158,6 +161,15 @@ def machine_lines(report: dict[str, Any]) -> list[str]:
     if warning := load_warning(machine):
         facts.append(f"**Warning:** {warning}")
     return [f"- {fact}" for fact in facts]
+
+
+def gpu_lines(machine: dict[str, Any]) -> list[str]:
+    """The GPU's facts, and what the ways of timing mean; nothing for a report on a CPU."""
+    gpu = machine.get("gpu")
+    if gpu is None:
+        return []
+    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in gpu.items() if name != "name")
+    return [f"{gpu['name']}: {facts}", *(f"{way}: {meaning}" for way, meaning in WAYS.items())]
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -170,7 +182,7 @@ def table_line(cells: Sequence[str]) -> str:
 
 def cells(record: dict[str, Any]) -> list[str]:
     sizes = [f"{size:,}" for size in record["sizes"].values()]
-    first = [record["mode"], *sizes, record["dtype"], str(record["threads"])]
+    first = [record["mode"], *sizes, record["dtype"], record["place"]]
     if record["error"] is not None:
         return [*first, "", "", "", f"**ERROR** {record['error'].replace('|', '/')}", "", "", ""]
     ratio = record["ratio"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from torch.nn import functional as F
 
 from fastenc import AutoEncoder, Encoder
 from fastenc.training import Trainer
+from fastenc.training.recorder import CudaRecorder
 
 from .command import Options, Question, main
+from .cuda import CALLS, WARM_UP
 from .harness import Call, Case, Results, Sides
 
 WIDTHS = (100, 128, 64, 32, 16)
@@ -22,15 +25,18 @@ LR = 1e-3
 CHECKED_EPOCHS, CHECKED_ROWS = 2, 3 * BATCH + ROWS % BATCH  # the last batch is short, as in what is timed
 MARGIN = 1e-6  # some ten times float32's rounding error
 MODES = {"against Adam": {}, "against Adam(fused=True)": {"fused": True}}
+IN_GRAPH = "against Adam(fused=True) in a CUDA graph"
 
 
 def cases(options: Options) -> Iterator[Case]:
     epochs = 1 if options.quick else 4  # in one call of fit, whose own cost they share
     steps = epochs * -(-ROWS // BATCH)
     sizes = {"in": WIDTHS[0], "rows": ROWS, "batch": BATCH, "epochs": epochs}
-    for threads, dtype, mode in itertools.product(options.threads, options.dtypes, MODES):
-        if dtype in QUESTION.dtypes:
-            yield Case(mode, sizes, dtype, threads, step_flops(epochs * ROWS / steps), setup, steps)
+    modes = [*MODES, IN_GRAPH] if options.device == "cuda" else MODES
+    for place, dtype, mode in itertools.product(options.places(), options.dtypes, modes):
+        if dtype in QUESTION.dtypes and place.way == CALLS:  # a fit is more than kernels, and records its own graph
+            flops = step_flops(epochs * ROWS / steps)
+            yield Case(mode, sizes, dtype, place.threads, flops, setup, steps, device=place.device)
 
 
 def step_flops(rows: float) -> int:
@@ -46,7 +52,8 @@ def setup(case: Case) -> Sides:
     """
     weights, x, exact = draw_problem(case.dtype)
     data = torch.rand(ROWS, WIDTHS[0]).to(case.dtype)
-    epochs, adam = case.sizes["epochs"], MODES[case.mode]
+    epochs = case.sizes["epochs"]
+    eager_call = partial(loop_call, adam=MODES[case.mode]) if case.mode in MODES else graph_call
 
     def verify_fused() -> Results:
         model = make_fused(case.dtype)
@@ -54,11 +61,11 @@ def setup(case: Case) -> Sides:
 
     def verify_eager() -> Results:
         model = make_eager(case.dtype)
-        return (*eager_call(model, weights, x, CHECKED_EPOCHS, adam, shuffle=False)(), model(x))
+        return (*eager_call(model, weights, x, CHECKED_EPOCHS, shuffle=False)(), model(x))
 
     return Sides(
         fused_call(make_fused(case.dtype), weights, data, epochs, shuffle=True),
-        eager_call(make_eager(case.dtype), weights, data, epochs, adam, shuffle=True),
+        eager_call(make_eager(case.dtype), weights, data, epochs, shuffle=True),
         exact,
         (*(f"loss of epoch {epoch + 1}" for epoch in range(CHECKED_EPOCHS)), "output"),
         verify=(verify_fused, verify_eager),
@@ -89,7 +96,7 @@ def train_exactly(weights: list[Tensor], x: Tensor) -> tuple[Results, float]:
         nearest.append((size.min() / size.max()).item())
 
     hooks = [layer.register_forward_hook(note) for layer in model[:-1:2]]
-    losses = eager_call(model, weights, x.double(), CHECKED_EPOCHS, {}, shuffle=False)()
+    losses = loop_call(model, weights, x.double(), CHECKED_EPOCHS, {}, shuffle=False)()
     for hook in hooks:
         hook.remove()
     return (*losses, model(x.double()).detach()), min(nearest)
@@ -122,7 +129,7 @@ def fused_call(model: nn.Module, weights: list[Tensor], x: Tensor, epochs: int, 
     return call
 
 
-def eager_call(
+def loop_call(
     model: nn.Module, weights: list[Tensor], x: Tensor, epochs: int, adam: dict[str, bool], *, shuffle: bool
 ) -> Call:
     set_weights(model, weights)
@@ -131,8 +138,8 @@ def eager_call(
     def call() -> Results:
         losses = []
         for _ in range(epochs):
-            order = torch.randperm(len(x)) if shuffle else torch.arange(len(x))
-            total = torch.zeros((), dtype=x.dtype)  # summed as a tensor: .item() in every step would slow eager down
+            order = torch.randperm(len(x), device=x.device) if shuffle else torch.arange(len(x), device=x.device)
+            total = x.new_zeros(())  # summed as a tensor: .item() in every step would slow eager down
             for rows in order.split(BATCH):
                 batch = x[rows]
                 optimizer.zero_grad()
@@ -140,6 +147,48 @@ def eager_call(
                 loss.backward()
                 optimizer.step()
                 total += loss.detach() * len(batch)
+            losses.append(total / len(x))
+        return tuple(losses)
+
+    return call
+
+
+def graph_call(model: nn.Module, weights: list[Tensor], x: Tensor, epochs: int, *, shuffle: bool) -> Call:
+    """The loop as PyTorch's notes on CUDA graphs have it: full batches replayed, the last one of an epoch outside."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+    rows, total = torch.arange(BATCH, device=x.device), x.new_zeros(())
+
+    def step(batch: Tensor) -> None:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(batch), batch)
+        loss.backward()
+        optimizer.step()
+        total.add_(loss.detach() * len(batch))
+
+    recorder = CudaRecorder()
+    with recorder.stream(x.device):
+        for _ in range(WARM_UP):
+            step(x[rows])
+        set_weights(model, weights)
+        for state in optimizer.state.values():  # training starts after the warm-up
+            for tensor in state.values():
+                tensor.zero_()
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["capturable"] = True
+        replay = recorder.record(lambda: step(x[rows]))
+        optimizer.param_groups[0]["capturable"] = False  # or the step outside would warn
+
+    def call() -> Results:
+        losses = []
+        for _ in range(epochs):
+            order = torch.randperm(len(x), device=x.device) if shuffle else torch.arange(len(x), device=x.device)
+            total.zero_()
+            for chosen in order.split(BATCH):
+                if len(chosen) == BATCH:
+                    rows.copy_(chosen)
+                    replay()
+                else:
+                    step(x[chosen])
             losses.append(total / len(x))
         return tuple(losses)
 

@@ -75,7 +75,7 @@ class Waits(TorchDispatchMode):
 
 
 class CpuRecorder:
-    """CudaRecorder's twin. `recordings` keeps all, `replayed` counts; `fail` is raised by the next recording, after its work."""
+    """CudaRecorder's twin. `recordings` keeps all, `replayed` counts; a recording ends with `fail`, if given."""
 
     def __init__(self, fail: Exception | None = None) -> None:
         self.recordings: list[Recording] = []

@@ -29,11 +29,29 @@ LR = 2**-6  # a float32: on the CPU the rate in `param_groups` is a double, on t
 ROWS, BATCH = 50, 8  # 6 full batches and one of 2 rows
 
 
+class place:  # noqa: N801 - a name for two values
+    """Where the tests train: on a GPU if there is one, but for those that need the stand-in."""
+
+    device = DEVICE
+    recorder: type = CudaRecorder if GPU else CpuRecorder
+
+
 @pytest.fixture(autouse=True)
 def _same_kernels():
     """On the CPU the fused layers take another way while a recorder looks on, and their sums round differently."""
     with fastenc.use_backend("auto" if GPU else "reference"):
         yield
+
+
+@pytest.fixture
+def _cpu(monkeypatch):
+    monkeypatch.setattr(place, "device", "cpu")
+    monkeypatch.setattr(place, "recorder", CpuRecorder)
+    with fastenc.use_backend("reference"):
+        yield
+
+
+on_the_cpu = pytest.mark.usefixtures("_cpu")
 
 
 class NoRecorder(CudaRecorder):
@@ -42,8 +60,8 @@ class NoRecorder(CudaRecorder):
 
 
 def make_trainer(model, optimizer="adam", recorder=None, **options) -> Trainer:
-    trainer = Trainer(model.to(DEVICE), optimizer, **{"lr": LR, "seed": 3} | options)
-    trainer._recorder = recorder or (CudaRecorder() if GPU else CpuRecorder())
+    trainer = Trainer(model.to(place.device), optimizer, **{"lr": LR, "seed": 3} | options)
+    trainer._recorder = recorder or place.recorder()
     return trainer
 
 
@@ -359,7 +377,7 @@ def test_hooks_that_go_let_the_step_be_recorded():
     assert_replayed(trainer, 3 * 6 - WARM_UP)
 
 
-@pytest.mark.skipif(GPU, reason="a GPU's recorder fails by itself only where something is broken")
+@on_the_cpu
 def test_a_recording_that_fails_warns_once_and_changes_nothing():
     failing = make_trainer(make_model(), recorder=CpuRecorder(fail=RuntimeError("out of luck\nand more")))
     ordinary = make_trainer(make_model(), recorder=NoRecorder())
@@ -424,7 +442,7 @@ def test_the_recording_goes_at_the_end_and_the_users_tensors_stay():
     assert (type(group["lr"]), group["lr"], group["capturable"]) == (float, LR, False)
 
 
-@pytest.mark.skipif(GPU, reason="counts what the stand-in would run on the host")
+@on_the_cpu
 def test_between_replays_the_host_does_nothing():
     class Outside(TorchDispatchMode):
         count = 0
