@@ -1,6 +1,6 @@
 """Where there is no GPU: Triton's interpreter, mended, with every load and store checked and counted.
 
-Import this before anything that imports triton. Then for each launch of a kernel
+Import this before the kernels. Then for each launch
 - a load or store outside the elements of the tensors that the launch was given is OutOfBounds: past their ends, or
   between the rows of a sliced one;
 - two programs that store to one address, and a program that loads what another stores, are a Race, as is one store with
@@ -14,6 +14,7 @@ Where there is a GPU, importing this does nothing, and the same tests run compil
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 from collections.abc import Iterable, Iterator
@@ -30,10 +31,7 @@ if INTERPRETED:
 pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
 
 import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
-
-if INTERPRETED and not isinstance(tl.sum, interpreter.InterpretedFunction):
-    raise RuntimeError("triton was imported before tests/interpreter.py; import interpreter first")
+from triton.runtime import JITFunction, interpreter  # noqa: E402
 
 NOBODY, SEVERAL = 0, -1  # beside the numbers of programs, which begin at 1
 
@@ -277,8 +275,27 @@ def _poison(pointers: Any) -> Any:
     return interpreter.TensorHandle(np.full(pointers.data.shape, value, dtype), kind)
 
 
+@functools.cache
+def _interpretable(fn: Any) -> Any:
+    return interpreter.InterpretedFunction(fn)
+
+
+def _interpret_library() -> None:
+    """Let kernels call Triton's library where something else imported it before, and it was made for compiling."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _interpretable(self.fn)(*args, **kwargs)
+
+    JITFunction.__call__ = call
+    for name, member in [*vars(tl.tensor).items()]:
+        if isinstance(member, JITFunction):
+            setattr(tl.tensor, name, functools.partialmethod(member))
+
+
 if INTERPRETED:
     import interpreted_numbers
+
+    _interpret_library()
 
     interpreted_numbers.mend()
     _check_launches()
