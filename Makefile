@@ -16,7 +16,7 @@ TORCH_STAMP := $(VENV)/stamp-$(subst /,_,$(subst $() ,_,$(TORCH)))
 CXX_FILES := $(sort $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp))
 FORMATTED := $(CXX_FILES) $(wildcard tests/native/*.cpp)
 
-.PHONY: help demo test test-smoke bench lint format clean
+.PHONY: help demo test test-smoke bench gpu gpu-there lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test         run the tests; some of them: make test ARGS='tests/test_modules.py -k bias'"
 	@echo "make test-smoke   run the few tests that tell whether an installation works"
 	@echo "make bench        compare with eager PyTorch: tens of minutes; a look: make bench ARGS=--quick"
+	@echo "make gpu          on a machine with a GPU: tests, benchmark, compute-sanitizer; the report goes to out/gpu"
 	@echo "make lint         ruff, clang-format, mypy"
 	@echo "make format       let ruff and clang-format change the files"
 	@echo "make clean        remove what was built; an environment is removed by rm -r $(VENV)"
@@ -42,6 +43,12 @@ test-smoke: $(BUILD)/built $(VENV)/stamp-test
 
 bench: $(BUILD)/built
 	$(ENV_PYTHON) -m benchmarks $(ARGS)
+
+gpu: gpu-there $(BUILD)/built $(VENV)/stamp-test
+	$(ENV_PYTHON) tests/gpu/on_gpu.py $(ARGS)
+
+gpu-there:
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "fastenc: nvidia-smi finds no GPU here, and make gpu is for machines with one; without a GPU there is make test" >&2; exit 1; }
 
 lint: $(VENV)/stamp-lint
 	$(VENV)/bin/ruff check .
