@@ -23,7 +23,7 @@ _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 def why_not(model: nn.Module, optimizer: Optimizer, device: torch.device) -> str | None:
     """Why the step of `model` on `device` cannot be recorded, in words; None if nothing is known against it."""
-    if type(optimizer) not in _OPTIMIZERS or not all(group["fused"] for group in optimizer.param_groups):
+    if type(optimizer) not in _OPTIMIZERS or not all(group.get("fused") for group in optimizer.param_groups):
         return "the optimiser is not PyTorch's Adam, AdamW or SGD with fused=True"
     if _has_hooks(optimizer, _STEP_HOOKS):
         return "the optimiser has hooks"
