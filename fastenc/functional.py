@@ -44,7 +44,7 @@ class FusedDenseFunction(torch.autograd.Function):
         mask = ctx.needs_input_grad[:3]
         if grad_out is None and grad_preact is None:
             return None, None, None, None, None
-        if grad_out is None or grad_preact is not None or _by_formulas():
+        if grad_out is None or grad_preact is not None or _by_formulas(grad_out):
             # By formulas in ATen.
             grad = grad_preact
             if grad_out is not None:
@@ -103,7 +103,7 @@ class EncoderFunction(torch.autograd.Function):
         weights[0] = given.new_empty(()).expand(ctx.shapes[1]) if weights[0] is None else weights[0]
         results = [given.new_empty(0) if result is None else result for result in results]
         only_last = grad_out is not None and all(grad is None for i, grad in enumerate(grad_results) if i != depth - 1)
-        if only_last and not _by_formulas() and ctx.backend is not reference:
+        if only_last and not _by_formulas(given) and ctx.backend is not reference:
             grads = ctx.backend.encoder_backward(grad_out, x, weights, results, ctx.activations, ctx.mask)
         else:
             grads = reference.encoder_backward(grad_results, x, weights, results, ctx.activations, ctx.mask)
@@ -252,9 +252,13 @@ def _traced_by() -> str | None:
     return "aten" if forward_ad._current_level >= 0 else None
 
 
-def _by_formulas() -> bool:
-    """Whether a backward pass is to be differentiated again, or is batched: then ATen's formulas run it."""
-    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+def _by_formulas(grad: Tensor) -> bool:
+    """Whether a backward pass is to be differentiated again, or is of a batch of gradients: ATen's formulas run it."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(grad)  # autograd.grad(..., is_grads_batched=True)
+    )
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -248,7 +248,8 @@ def encoder_backward(
     kernels = _kernels()
     grad_out = grad_out.resolve_neg()
     if kernels.is_narrow([weight.shape[0] for weight in weights]):
-        return kernels.encoder_backward(grad_out, x, weights, results, activations, output_mask)
+        # All was saved, so that nothing is found again from the biases.
+        return kernels.encoder_backward(grad_out, x, weights, [None] * len(weights), results, activations, output_mask)
     depth = len(weights)
     grads = [x.new_empty(0)] * (2 * depth + 1)
     preact_index = len(results)
