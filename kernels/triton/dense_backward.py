@@ -60,28 +60,36 @@ def dense_backward(
     want_x, want_weight, want_bias = output_mask
     (M, N), K = grad_out.shape, weight.shape[1]
     if M == 0 or N == 0:
-        shapes = ((M, K), (N, K), (N,))
-        return tuple(grad_out.new_zeros(s if wanted else 0) for s, wanted in zip(shapes, output_mask, strict=True))
-    needed = None if activation == "identity" else saved
-    if wide is None:
-        wide = is_wide(N, K, grad_out.dtype)
-    if wide:
-        dz, grad_bias = preact_gradient(
-            grad_out, needed, activation, (want_x or want_weight, want_bias), dropout, seed, int64
+        return (
+            _zeros(grad_out, (M, K), want_x),
+            _zeros(grad_out, (N, K), want_weight),
+            _zeros(grad_out, (N,), want_bias),
         )
-        grad_x = torch.mm(dz, weight) if want_x else None
-        grad_weight = torch.mm(dz.t(), x) if want_weight else None
+    needed = None if activation == "identity" else saved
+    grad_x = grad_weight = grad_bias = None
+    if is_wide(N, K, grad_out.dtype) if wide is None else wide:
+        wanted = (want_x or want_weight, want_bias)
+        dz, grad_bias = preact_gradient(grad_out, needed, activation, wanted, dropout, seed, int64)
+        if dz is not None:
+            grad_x = torch.mm(dz, weight) if want_x else None
+            grad_weight = torch.mm(dz.t(), x) if want_weight else None
     else:
-        grad_x = grad_weight = grad_bias = None
         if want_x:
             grad_x = dense_input_gradient(grad_out, needed, weight, activation, dropout, seed, int64)
-        if want_weight and K:
+        if want_weight:
             grad_weight = grad_out.new_empty((N, K))
+        if want_weight and K > 0:
             grad_bias = grad_out.new_empty(N) if want_bias else None
             layer = Layer(grad_out, needed, x, activation, grad_weight, grad_bias, dropout)
             reduce(weight_gradient([layer], seed if dropout else None, int64))
         elif want_bias:
             _, grad_bias = preact_gradient(grad_out, needed, activation, (False, True), dropout, seed, int64)
-        if want_weight and grad_weight is None:
-            grad_weight = grad_out.new_empty((N, 0))
-    return tuple(grad_out.new_empty(0) if grad is None else grad for grad in (grad_x, grad_weight, grad_bias))
+    return _or_empty(grad_x, grad_out), _or_empty(grad_weight, grad_out), _or_empty(grad_bias, grad_out)
+
+
+def _or_empty(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if gradient is None else gradient
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...], wanted: bool) -> Tensor:
+    return like.new_zeros(shape if wanted else (0,))

@@ -8,9 +8,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activation import SAVES_PREACT, activate, dropout_scale
-from .configs import Config
-from .device import Target, precision, target
+from .configs import MAX_CANDIDATES, Config
 from .dense_tiles import GROUP, Product, default_tiles, tile_candidates
+from .device import Target, precision, target
 from .tuning import config_for
 from .weight_gradient import LONGEST_STRIDE
 
@@ -41,8 +41,8 @@ def _finish_tile(
     OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
     m = tl.arange(0, BLOCK_M).to(OFFSET)
     n = tl.arange(0, BLOCK_N).to(OFFSET)
-    in_n = n < N - first_n
-    inside = (m < M - first_m)[:, None] & in_n[None, :]
+    in_n = n < tl.minimum(N - first_n, BLOCK_N).to(OFFSET)
+    inside = (m < tl.minimum(M - first_m, BLOCK_M).to(OFFSET))[:, None] & in_n[None, :]
     first = first_m * N + first_n
     offsets = m[:, None] * N + n[None, :]
     if bias_ptr is not None:
@@ -83,21 +83,24 @@ def dense_forward_kernel(
     m = tl.arange(0, BLOCK_M).to(OFFSET)
     n = tl.arange(0, BLOCK_N).to(OFFSET)
     k = tl.arange(0, BLOCK_K).to(OFFSET)
-    in_m = (m < M - first_m)[:, None]
-    in_n = (n < N - first_n)[:, None]
+    in_m = (m < tl.minimum(M - first_m, BLOCK_M).to(OFFSET))[:, None]
+    in_n = (n < tl.minimum(N - first_n, BLOCK_N).to(OFFSET))[:, None]
     x_ptr += first_m * stride_xm
     weight_ptr += first_n * stride_wn
-    x_step = tl.full((), BLOCK_K, tl.int64) * stride_xk
-    weight_step = tl.full((), BLOCK_K, tl.int64) * stride_wk
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first_k in range(0, K, BLOCK_K):
         in_k = (k < K - first_k)[None, :]
-        x = tl.load(x_ptr + (m[:, None] * stride_xm + k[None, :] * stride_xk), mask=in_m & in_k, other=0.0)
-        weight = tl.load(weight_ptr + (n[:, None] * stride_wn + k[None, :] * stride_wk), mask=in_n & in_k, other=0.0)
+        start_k = tl.cast(first_k, tl.int64)
+        x = tl.load(
+            x_ptr + start_k * stride_xk + (m[:, None] * stride_xm + k[None, :] * stride_xk), mask=in_m & in_k, other=0.0
+        )
+        weight = tl.load(
+            weight_ptr + start_k * stride_wk + (n[:, None] * stride_wn + k[None, :] * stride_wk),
+            mask=in_n & in_k,
+            other=0.0,
+        )
         total = tl.dot(x, tl.trans(weight), total, input_precision=PRECISION)
-        x_ptr += x_step
-        weight_ptr += weight_step
     _finish_tile(
         total, bias_ptr, out_ptr, preact_ptr, seed_ptr,
         first_m, first_n, M, N, stride_b,
@@ -121,7 +124,7 @@ def dense_forward_descriptor_kernel(
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
         first_m = tile_m * BLOCK_M
         first_n = tile_n * BLOCK_N
@@ -168,11 +171,11 @@ def dense_forward(
     describable = _describable(x) and _describable(weight)
     if config is None:
         facts = target(x.device)
-        product = Product(M, N, K, x.dtype, precision(x.dtype))
+        product = Product(M, N, K, x.dtype, precision(x.dtype), dropout=dropout > 0)
         config = config_for(
             "dense_forward",
             x,
-            (M, N, K, x.stride(1) == 1, weight.stride(1) == 1, describable),
+            (M, N, K, x.stride(1) == 1, weight.stride(1) == 1, describable, dropout > 0),
             lambda: default_config(product, describable, facts),
             lambda: candidates(product, describable, facts),
             lambda candidate: dense_forward(x, weight, bias, activation, save, dropout, seed, int64, candidate),
@@ -218,23 +221,27 @@ def _describable(matrix: Tensor) -> bool:
 def default_config(product: Product, describable: bool, facts: Target) -> Config:
     """Block sizes by shape; persistent and with descriptors if that can be, and the product is large.
 
-    Not measured: that descriptors pay on every GPU that has them, for products of LEAST_DESCRIBED.
+    Not measured: that descriptors pay on every GPU that has them, for products of LEAST_DESCRIBED. The random numbers
+    of dropout leave the persistent kernel too few registers.
     """
-    config = _named(default_tiles(product, facts))
-    size = product.rows * product.columns * product.depth
-    if describable and _has_descriptors(product, facts) and size >= LEAST_DESCRIBED:
-        config["described"] = 1
-    return config
+    large = product.rows * product.columns * product.depth >= LEAST_DESCRIBED
+    if describable and _has_descriptors(product, facts) and large and not product.dropout:
+        return _described(default_tiles(product._replace(described=True), facts))
+    return _named(default_tiles(product, facts))
 
 
 def candidates(product: Product, describable: bool, facts: Target) -> list[Config]:
-    """The default, then other tiles, with descriptors first where they can be had."""
-    configs = [default_config(product, describable, facts)]
-    tiles = [_named(candidate) for candidate in tile_candidates(product, facts)]
+    """The default, then other tiles, half of them with descriptors where they can be had."""
+    configs = [_named(tiles) for tiles in tile_candidates(product, facts)]
     if describable and _has_descriptors(product, facts):
-        configs += [config | {"described": 1} for config in tiles[:8]]
-    configs += [config for config in tiles if config not in configs]
-    return configs[:20]
+        described = [_described(tiles) for tiles in tile_candidates(product._replace(described=True), facts)]
+        configs = described[: MAX_CANDIDATES // 2] + configs
+    default = default_config(product, describable, facts)
+    return [default, *(config for config in configs if config != default)][:MAX_CANDIDATES]
+
+
+def _described(tiles: Config) -> Config:
+    return _named(tiles) | {"described": 1}
 
 
 def _has_descriptors(product: Product, facts: Target) -> bool:

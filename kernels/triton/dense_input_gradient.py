@@ -9,8 +9,8 @@ from torch import Tensor
 from .activation import differentiate_dropped, dropout_scale
 from .configs import Config
 from .dense_forward import grouped_tile
-from .device import Target, precision, target
 from .dense_tiles import GROUP, Product, default_tiles, tile_candidates
+from .device import Target, precision, target
 from .tuning import config_for
 from .weight_gradient import LONGEST_STRIDE
 
@@ -41,37 +41,40 @@ def dense_input_gradient_kernel(
     m = tl.arange(0, BLOCK_M).to(OFFSET)
     n = tl.arange(0, BLOCK_N).to(OFFSET)
     k = tl.arange(0, BLOCK_K).to(OFFSET)
-    in_m = (m < M - first_m)[:, None]
-    in_k = (k < K - first_k)[None, :]
+    in_m = (m < tl.minimum(M - first_m, BLOCK_M).to(OFFSET))[:, None]
+    in_k = (k < tl.minimum(K - first_k, BLOCK_K).to(OFFSET))[None, :]
     grad_ptr += first_m * stride_gm
     weight_ptr += first_k * stride_wk
-    grad_step = tl.full((), BLOCK_N, tl.int64) * stride_gn
-    weight_step = tl.full((), BLOCK_N, tl.int64) * stride_wn
     if ACTIVATION != "identity":
         saved_ptr += first_m * stride_sm
-        saved_step = tl.full((), BLOCK_N, tl.int64) * stride_sn
 
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for first_n in range(0, N, BLOCK_N):
         in_n = n < N - first_n
+        start_n = tl.cast(first_n, tl.int64)
         inside = in_m & in_n[None, :]
         # Where it is masked, dZ is 0: every derivative at 0 is finite.
-        dz = tl.load(grad_ptr + (m[:, None] * stride_gm + n[None, :] * stride_gn), mask=inside, other=0.0)
+        dz = tl.load(
+            grad_ptr + start_n * stride_gn + (m[:, None] * stride_gm + n[None, :] * stride_gn), mask=inside, other=0.0
+        )
         if ACTIVATION != "identity" or P > 0:
             saved = dz
             if ACTIVATION != "identity":
-                saved = tl.load(saved_ptr + (m[:, None] * stride_sm + n[None, :] * stride_sn), mask=inside, other=0.0)
-                saved_ptr += saved_step
+                saved = tl.load(
+                    saved_ptr + start_n * stride_sn + (m[:, None] * stride_sm + n[None, :] * stride_sn),
+                    mask=inside,
+                    other=0.0,
+                )
             scale = 1.0
             if P > 0:
-                scale = dropout_scale(seed_ptr, 0, first_m + m, first_n + n, N, P)
+                scale = dropout_scale(seed_ptr, 0, first_m + m, start_n + n, N, P)
             dz = differentiate_dropped(dz.to(tl.float32), saved.to(tl.float32), scale, ACTIVATION, P)
         weight = tl.load(
-            weight_ptr + (n[:, None] * stride_wn + k[None, :] * stride_wk), mask=in_n[:, None] & in_k, other=0.0
+            weight_ptr + start_n * stride_wn + (n[:, None] * stride_wn + k[None, :] * stride_wk),
+            mask=in_n[:, None] & in_k,
+            other=0.0,
         )
         total = tl.dot(dz.to(weight.dtype), weight, total, input_precision=PRECISION)
-        grad_ptr += grad_step
-        weight_ptr += weight_step
     grad_x_ptr += first_m * K + first_k
     tl.store(grad_x_ptr + (m[:, None] * K + k[None, :]), total.to(grad_x_ptr.dtype.element_ty), mask=in_m & in_k)
 
@@ -96,11 +99,12 @@ def dense_input_gradient(
         return grad_x
     if config is None:
         facts = target(grad_out.device)
-        product = Product(M, K, N, grad_out.dtype, precision(grad_out.dtype), left=1 if saved is None else 2)
+        left = 1 if saved is None else 2
+        product = Product(M, K, N, grad_out.dtype, precision(grad_out.dtype), left, dropout > 0)
         config = config_for(
             "dense_input_gradient",
             grad_out,
-            (M, N, K, activation, grad_out.stride(1) == 1, weight.stride(1) == 1),
+            (M, N, K, activation, grad_out.stride(1) == 1, weight.stride(1) == 1, dropout > 0),
             lambda: _named(default_tiles(product, facts)),
             lambda: candidates(product, facts),
             lambda candidate: dense_input_gradient(
