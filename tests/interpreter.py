@@ -47,7 +47,10 @@ class Race(AssertionError):  # noqa: N818
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel, in bytes: each address once, as must cross the memory bus, and all that was requested."""
+    """One launch of a kernel, in bytes: each address once, as must cross the memory bus, and all that was requested.
+
+    flops: two for each product in a tl.dot, of padding too.
+    """
 
     kernel: str
     grid: tuple[int, ...]
@@ -55,6 +58,7 @@ class Launch:
     stored: int
     requested_loads: int
     requested_stores: int
+    flops: int
 
 
 _watchers: list[list[Launch]] = []
@@ -134,6 +138,7 @@ class Running:
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
         self.requested = {"load": 0, "store": 0}
+        self.flops = 0
         self.patched: set[int] = set()
 
     def give(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -178,7 +183,8 @@ class Running:
     def finished(self) -> Launch:
         loaded = sum(int(np.count_nonzero(storage.reader)) * storage.unit for storage in self.storages)
         stored = sum(int(np.count_nonzero(storage.writer)) * storage.unit for storage in self.storages)
-        return Launch(self.kernel, self.grid, loaded, stored, self.requested["load"], self.requested["store"])
+        requested = self.requested["load"], self.requested["store"]
+        return Launch(self.kernel, self.grid, loaded, stored, *requested, self.flops)
 
 
 _running = Running("")
@@ -200,7 +206,7 @@ def _check_launches() -> None:
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     launch, to_host = executor.__call__, executor._init_args_hst
     set_grid, set_program = builder.set_grid_dim, builder.set_grid_idx
-    load, store = builder.create_masked_load, builder.create_masked_store
+    load, store, dot = builder.create_masked_load, builder.create_masked_store, builder.create_dot
     patch_language = interpreter._patch_lang
     blas = ThreadpoolController().select(user_api="blas")
 
@@ -250,12 +256,17 @@ def _check_launches() -> None:
         _running.access("store", pointers, _mask(mask))
         return store(self, pointers, value, mask, *hints)
 
+    def counted_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        _running.flops += 2 * left.data.size * right.data.shape[-1]
+        return dot(self, left, right, *rest)
+
     def refuse_atomic(self: Any, *args: Any) -> None:
         raise Race(f"{_running.kernel}: an atomic; its order, and so the last bits of a sum, change from run to run")
 
     executor.__call__, executor._init_args_hst = checked_launch, note_arguments
     builder.set_grid_dim, builder.set_grid_idx = set_checked_grid, set_shuffled_program
     builder.create_masked_load, builder.create_masked_store = checked_load, checked_store
+    builder.create_dot = counted_dot
     interpreter._patch_lang = patch_language_once
     builder.create_atomic_rmw = builder.create_atomic_cas = refuse_atomic
 

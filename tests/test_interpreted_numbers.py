@@ -1,6 +1,6 @@
 """Interpreted kernels compute what a GPU does; where there is one, the same numbers come from it."""
 
-import interpreter  # noqa: F401  first, as it mends
+import interpreter
 import pytest
 import torch
 import triton
@@ -73,7 +73,9 @@ def test_integers_and_doubles_become_bfloat16():
 def test_dot_of_integers_is_exact(dtype):
     x, y = (torch.randint(-100, 100, (32, 32), device=DEVICE).to(dtype) for _ in range(2))
     out = poisoned((32, 32), torch.float32)
-    dot_kernel[(1,)](x, y, out, BLOCK=32, PRECISION="ieee")
+    with interpreter.watched() as launches:
+        dot_kernel[(1,)](x, y, out, BLOCK=32, PRECISION="ieee")
+    assert [launch.flops for launch in launches] == ([2 * 32**3] if interpreter.INTERPRETED else [])
     torch.testing.assert_close(out.double(), x.double() @ y.double(), rtol=0, atol=0)
 
 

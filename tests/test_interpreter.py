@@ -306,6 +306,6 @@ def test_bytes_are_counted_once_and_as_requested():
         everywhere_kernel[(8,)](x, out, STORE_AT=1, LOAD_AT=0)
         copy(numbers(6, 10), torch.empty(6, 10))
     assert launches == [
-        interpreter.Launch("everywhere_kernel", (8, 1, 1), 2, 16, 16, 16),
-        interpreter.Launch("copy_kernel", (2, 1, 1), 240, 240, 240, 240),
+        interpreter.Launch("everywhere_kernel", (8, 1, 1), 2, 16, 16, 16, 0),
+        interpreter.Launch("copy_kernel", (2, 1, 1), 240, 240, 240, 240, 0),
     ]
