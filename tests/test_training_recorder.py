@@ -112,10 +112,18 @@ def test_a_recording_that_fails_is_reset(cuda) -> None:
 
 def test_waits_are_told_apart_from_other_warnings(cuda) -> None:
     waits: list[str] = []
-    with pytest.warns(UserWarning, match="of the user's own") as others, CudaRecorder().watch(waits):
+
+    def watched() -> None:
+        with CudaRecorder().watch(waits):
+            warn_of_three_things()
+
+    def warn_of_three_things() -> None:
         warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all", stacklevel=1)
         warnings.warn("called a synchronizing CUDA operation (Triggered internally at x.cpp:1)", stacklevel=1)
         warnings.warn("of the user's own", stacklevel=1)
+
+    with pytest.warns(UserWarning, match="of the user's own") as others:
+        watched()
     assert len(waits) == 1
     assert waits[0].startswith(f"it waits for the GPU ({__file__}, line ")
     assert len(others) == 1

@@ -46,6 +46,8 @@ class Trainer:
     torch Dataset or DataLoader that gives x or (x, y). A DataLoader's own batch size and shuffling hold, not those
     given here; a Dataset is read in batches of `batch_size`. Arrays are copied to the model's device as a whole.
 
+    On a GPU the step of a full batch is replayed from a CUDA graph where it can be: see `explain` and docs/gpu.md.
+
     Raises:
         ValueError: an unknown name, or an option that does not go with the optimiser.
     """
