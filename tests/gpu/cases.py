@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from launching import AMD, ARCHS, Case
-from torch import Tensor
-
 from fastenc.kernels.dense_backward import dense_backward
 from fastenc.kernels.dense_forward import dense_forward
 from fastenc.kernels.encoder_backward import encoder_backward
 from fastenc.kernels.encoder_forward import encoder_forward
+from launching import AMD, ARCHS, Case
+from torch import Tensor
 
 # Every kernel in every dtype on every architecture, the others where they differ most: each record takes a second.
 ALSO_AMD = (*ARCHS, *AMD)

@@ -17,13 +17,12 @@ from unittest import mock
 
 import torch
 import triton
+from fastenc.kernels import device
+from fastenc.kernels.configs import Config
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
-
-from fastenc.kernels import device
-from fastenc.kernels.configs import Config
 
 ARCHS = tuple(device.TARGETS)
 CANDIDATE_ARCHS = (80, 86, 90)  # one for each size of shared memory

@@ -29,7 +29,7 @@ def gradients_kernel(
     x_ptr, weight_ptr, dz_ptr, grad_ptr, sums_ptr, M,
     BLOCK_M: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """grad = dz @ weight and sums = dz.T @ x in one loop over the rows; x [M, K], dz [M, N], weight [N, K]; grid (1,)."""
+    """grad = dz @ weight, sums = dz.T @ x in one loop over the rows; x [M, K], dz [M, N], weight [N, K]; grid (1,)."""
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, N), tl.arange(0, K)
     weight = tl.load(weight_ptr + n[:, None] * K + k[None, :])
     sums = tl.zeros((N, K), tl.float32)
