@@ -19,34 +19,13 @@ from .activation import SAVES_PREACT
 from .configs import Config, shortlist
 from .device import Target, precision, target
 from .encoder_chain import encoder_chain_kernel
-from .encoder_forward import LONGEST_STRIDE, WIDEST, padded
+from .encoder_plan import ends_wide, near, padded, sums_on_chip
 from .reduce import Buffer, Partials, reduce
 from .tuning import config_for
-from .weight_gradient import Layer, weight_gradient
+from .weight_gradient import LONGEST_STRIDE, Layer, weight_gradient
 
-# The most elements of weight gradients that a program sums in registers, by the bytes of the dtype.
-MOST_ON_CHIP = {2: 24 * 1024, 4: 24 * 1024}
 # A program's partial sums, written and read again, may be this share of what a training step moves for its rows.
 PARTIALS_SHARE = 1 / 16
-
-
-def fits_on_chip(widths: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether registers hold the weight gradients of all inner layers, so that `encoder_forward` may save "first"."""
-    return all(_sums_on_chip(widths, dtype, [True] * len(widths))[1:])
-
-
-def _sums_on_chip(widths: Sequence[int], dtype: torch.dtype, wanted: Sequence[bool]) -> list[bool]:
-    """Of each layer, whether the chain makes its weight gradient. True also for what it need not: a wide last layer."""
-    left = MOST_ON_CHIP[dtype.itemsize]
-    result = [False]
-    for i in range(1, len(widths)):
-        if i == len(widths) - 1 and padded(widths[i]) > WIDEST:
-            result.append(True)
-            continue
-        size = padded(widths[i]) * padded(widths[i - 1]) if wanted[i] else 0
-        result.append(size <= left)
-        left -= size if size <= left else 0
-    return result
 
 
 def encoder_backward(
@@ -82,16 +61,15 @@ def encoder_backward(
         return grads
     lowest = 0 if output_mask[0] else wanted[0]
     dropouts = tuple(dropouts or (0.0,) * depth)
+    weights = near(weights)
     outs, saveds = _by_layer(results, activations)
 
-    wide = padded(widths[-1]) > WIDEST
-    on_chip = [
-        chip and not (wide and i == depth - 1) for i, chip in enumerate(_sums_on_chip(widths, x.dtype, wants_weight))
-    ]
-    sums_weight = [on_chip[i] and wants_weight[i] for i in range(depth)]
+    wide = ends_wide(widths)
+    sums_weight = [chip and wants for chip, wants in zip(sums_on_chip(widths), wants_weight, strict=True)]
     # A bias goes where its layer's weight gradient goes; alone, it is summed on chip.
     sums_bias = [
-        wants_bias[i] and (on_chip[i] or not wants_weight[i]) and not (wide and i == depth - 1) for i in range(depth)
+        wants_bias[i] and (sums_weight[i] or not wants_weight[i]) and not (wide and i == depth - 1)
+        for i in range(depth)
     ]
     dzs: list[Tensor | None] = [None] * depth
     layers: list[Layer] = []
@@ -145,16 +123,17 @@ def _chain(
 ) -> list[Partials]:  # fmt: skip
     M, depth = grad_out.shape[0], len(weights)
     widths = tuple(weight.shape[0] for weight in weights)
-    wide = padded(widths[-1]) > WIDEST
+    wide = ends_wide(widths)
     # What the kernel reads of each layer: for its own derivative, as the input of the next one's weight gradient, or to
     # find the next one's output again.
-    read = [False] * depth
+    read, held = [False] * depth, [False] * depth
     for i in reversed(range(depth)):
         if i == depth - 1 and wide:
             continue
         derives = i >= lowest and activations[i] != "identity"
-        feeds = i + 1 < depth and (sums_weight[i + 1] or (read[i + 1] and saveds[i + 1] is None))
-        read[i] = derives or feeds
+        finds_next = i + 1 < depth and read[i + 1] and saveds[i + 1] is None
+        read[i] = derives or finds_next or (i + 1 < depth and sums_weight[i + 1])
+        held[i] = read[i] and (finds_next or saveds[i] is None)
     if config is None:
         facts = target(grad_out.device)
         config = config_for(
@@ -187,17 +166,18 @@ def _chain(
         M,
         K,
         *strides[0],
-        *strides[1:],
         tuple(start[0] for start in starts),
         tuple(start[1] for start in starts),
         buffer.stride if buffer else 0,
         rows,
+        *strides[1:],
         widths,
         tuple(padded(width) for width in widths),
         tuple(activations),
         dropouts,
         tuple(activation in SAVES_PREACT for activation in activations),
         tuple(read),
+        tuple(held),
         tuple(sums_weight),
         tuple(sums_bias),
         LOWEST=lowest,
@@ -222,7 +202,7 @@ def default_config(
     # One stage: nothing in the loop over the rows is worth loading ahead.
     if dtype.itemsize == 4:
         return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "rows": rows}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 1, "rows": rows}
+    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "rows": rows}
 
 
 def candidates(

@@ -12,20 +12,21 @@ from .tiles import times_matrix
 def encoder_chain_kernel(
     grad_out_ptr, weights, biases, saveds, grad_x_ptr, dzs, sums_ptr, seed_ptr,
     M, K,
-    stride_gm, stride_gn, strides_wn, strides_wk, weight_offsets, bias_offsets, stride_sums, rows_per_program,
+    stride_gm, stride_gn, weight_offsets, bias_offsets, stride_sums, rows_per_program,
+    strides_wn: tl.constexpr, strides_wk: tl.constexpr,
     WIDTHS: tl.constexpr, TILES: tl.constexpr, ACTIVATIONS: tl.constexpr, DROPOUTS: tl.constexpr,
-    FROM_PREACT: tl.constexpr, READ: tl.constexpr, SUMS_WEIGHT: tl.constexpr, SUMS_BIAS: tl.constexpr,
-    LOWEST: tl.constexpr,
+    FROM_PREACT: tl.constexpr, READ: tl.constexpr, HELD: tl.constexpr,
+    SUMS_WEIGHT: tl.constexpr, SUMS_BIAS: tl.constexpr, LOWEST: tl.constexpr,
     PRECISION: tl.constexpr, INT64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dZ of each layer, from the last down to LOWEST, and what is wanted of grad_x and of the sums over the rows.
 
     grad_out  [M, WIDTHS[-1]]           fp32 | fp16 | bf16, any strides (in elements)
-    weights   [WIDTHS[i], WIDTHS[i-1]]  dtype of grad_out, any strides; a tuple, as all arguments in the plural
+    weights   [WIDTHS[i], WIDTHS[i-1]]  dtype of grad_out, any strides; a tuple, as all in the plural
     biases    [WIDTHS[i]]               contiguous, or None
     saveds    [M, WIDTHS[i]]            contiguous; the output, or what comes before the activation if FROM_PREACT[i];
-                                        None: found again from the layer below, if READ[i]
+                                        None: found again from the layer below, if READ[i]; HELD[i]: from the start
     grad_x    [M, K]                    contiguous; None: not wanted
     dzs       [M, WIDTHS[i]]            contiguous; where dZ is to be written; None: nowhere
     sums      [programs, stride_sums]   fp32; from weight_offsets[i] on dZ.T @ the layer's input if SUMS_WEIGHT[i],
@@ -52,12 +53,14 @@ def encoder_chain_kernel(
         else:
             sum_biases = sum_biases + (0,)
 
-    for row in range(first_m, end_m, BLOCK_M):
+    # Addresses and weights are the same for all blocks: moved out of the loop they would take more registers than there
+    # are. Strides that are known make most of the addresses constants.
+    for row in tl.range(first_m, end_m, BLOCK_M, disable_licm=True):
         sum_weights, sum_biases = _one_block(
             row, end_m - row, sum_weights, sum_biases,
             grad_out_ptr, weights, biases, saveds, grad_x_ptr, dzs, seed_ptr, K,
             stride_gm, stride_gn, strides_wn, strides_wk,
-            WIDTHS, TILES, ACTIVATIONS, DROPOUTS, FROM_PREACT, READ, SUMS_WEIGHT, SUMS_BIAS, LOWEST, WIDE,
+            WIDTHS, TILES, ACTIVATIONS, DROPOUTS, FROM_PREACT, READ, HELD, SUMS_WEIGHT, SUMS_BIAS, LOWEST, WIDE,
             PRECISION, INT64, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -78,10 +81,10 @@ def encoder_chain_kernel(
 def _one_block(
     row, rows_left, sum_weights, sum_biases,
     grad_out_ptr, weights, biases, saveds, grad_x_ptr, dzs, seed_ptr, K,
-    stride_gm, stride_gn, strides_wn, strides_wk,
+    stride_gm, stride_gn, strides_wn: tl.constexpr, strides_wk: tl.constexpr,
     WIDTHS: tl.constexpr, TILES: tl.constexpr, ACTIVATIONS: tl.constexpr, DROPOUTS: tl.constexpr,
-    FROM_PREACT: tl.constexpr, READ: tl.constexpr, SUMS_WEIGHT: tl.constexpr, SUMS_BIAS: tl.constexpr,
-    LOWEST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
+    FROM_PREACT: tl.constexpr, READ: tl.constexpr, HELD: tl.constexpr,
+    SUMS_WEIGHT: tl.constexpr, SUMS_BIAS: tl.constexpr, LOWEST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     DEPTH: tl.constexpr = len(WIDTHS)
@@ -92,40 +95,35 @@ def _one_block(
     in_m = m < rows_left
     rows = row + m.to(tl.int64)
 
-    # Upwards: what each derivative is made of, and each layer's output.
-    hidden = ()
-    kept = ()
+    # Upwards: what the layers above are found again from, and what is found.
+    held = ()
     for i in tl.static_range(DEPTH):
-        z = 0
-        h = 0
-        if READ[i]:
+        tile = 0
+        if HELD[i]:
             if saveds[i] is not None:
-                z = _load_rows(saveds[i], rows, in_m, WIDTHS[i], TILES[i])
-                if FROM_PREACT[i]:
-                    h = finish(z.to(tl.float32), WIDTHS[i], TILES[i], ACTIVATIONS[i])
-                    if DROPOUTS[i] > 0:
-                        n = tl.arange(0, TILES[i])
-                        h *= dropout_scale(seed_ptr, i, rows, n, WIDTHS[i], DROPOUTS[i])
-                    h = h.to(DTYPE)
-                else:
-                    h = z
+                tile = _load_rows(saveds[i], rows, in_m, WIDTHS[i], TILES[i])
             else:
+                below = _output(
+                    held[i - 1], seed_ptr, rows, i - 1,
+                    WIDTHS[i - 1], TILES[i - 1], ACTIVATIONS[i - 1], DROPOUTS[i - 1], FROM_PREACT[i - 1],
+                )  # fmt: skip
                 z = times_matrix(
-                    hidden[i - 1], weights[i], strides_wk[i], strides_wn[i], WIDTHS[i - 1], WIDTHS[i],
+                    below, weights[i], strides_wk[i], strides_wn[i], WIDTHS[i - 1], WIDTHS[i],
                     tl.zeros((BLOCK_M, TILES[i]), tl.float32), TILES[i - 1], TILES[i], PRECISION, True,
                 )  # fmt: skip
                 z = add_bias(z, biases[i], WIDTHS[i], TILES[i])
-                h = finish(z, WIDTHS[i], TILES[i], ACTIVATIONS[i])
-                if DROPOUTS[i] > 0:
-                    h *= dropout_scale(seed_ptr, i, rows, tl.arange(0, TILES[i]), WIDTHS[i], DROPOUTS[i])
-                h = h.to(DTYPE)
-                z = z.to(DTYPE) if FROM_PREACT[i] else h
-        hidden = hidden + (h,)
-        kept = kept + (z,)
+                if FROM_PREACT[i]:
+                    tile = z.to(DTYPE)
+                else:
+                    tile = _finish(z, seed_ptr, rows, i, WIDTHS[i], TILES[i], ACTIVATIONS[i], DROPOUTS[i]).to(DTYPE)
+        held = held + (tile,)
 
     # Downwards: dZ of each layer, and from it the sums over the rows and the gradient of the layer's input.
     new_weights = ()
     new_biases = ()
+    own = held[LAST]
+    if READ[LAST] and not HELD[LAST]:
+        own = _load_rows(saveds[LAST], rows, in_m, WIDTHS[LAST], TILES[LAST])
     grad = tl.zeros((BLOCK_M, TILES[LAST - 1] if WIDE else TILES[LAST]), tl.float32)
     if not WIDE:
         n = tl.arange(0, TILES[LAST]).to(OFFSET)
@@ -137,6 +135,11 @@ def _one_block(
     for i in tl.static_range(LAST, -1, -1):
         new_weight = sum_weights[i]
         new_bias = sum_biases[i]
+        below = 0
+        if i > 0:
+            below = held[i - 1]
+            if READ[i - 1] and not HELD[i - 1]:
+                below = _load_rows(saveds[i - 1], rows, in_m, WIDTHS[i - 1], TILES[i - 1])
         if i == LAST and WIDE:
             grad = _through_wide_layer(
                 grad, grad_out_ptr, weights[i], saveds[i], seed_ptr, rows, m.to(OFFSET), in_m, row,
@@ -149,7 +152,7 @@ def _one_block(
                 scale = dropout_scale(seed_ptr, i, rows, tl.arange(0, TILES[i]), WIDTHS[i], DROPOUTS[i])
             dz = grad
             if ACTIVATIONS[i] != "identity":
-                dz = differentiate_dropped(grad, kept[i].to(tl.float32), scale, ACTIVATIONS[i], DROPOUTS[i])
+                dz = differentiate_dropped(grad, own.to(tl.float32), scale, ACTIVATIONS[i], DROPOUTS[i])
             elif DROPOUTS[i] > 0:
                 dz = grad * scale
             dz = tl.where(in_m[:, None], dz, 0.0)
@@ -159,7 +162,11 @@ def _one_block(
             if dzs[i] is not None:
                 _store_rows(dzs[i], dz, rows, in_m, WIDTHS[i], TILES[i])
             if SUMS_WEIGHT[i]:
-                new_weight = tl.dot(tl.trans(dz), hidden[i - 1], sum_weights[i], input_precision=PRECISION)
+                x = _output(
+                    below, seed_ptr, rows, i - 1,
+                    WIDTHS[i - 1], TILES[i - 1], ACTIVATIONS[i - 1], DROPOUTS[i - 1], FROM_PREACT[i - 1],
+                )  # fmt: skip
+                new_weight = tl.dot(tl.trans(dz), x, sum_weights[i], input_precision=PRECISION)
             if i > LOWEST:
                 grad = times_matrix(
                     dz, weights[i], strides_wn[i], strides_wk[i], WIDTHS[i], WIDTHS[i - 1],
@@ -170,9 +177,35 @@ def _one_block(
                     dz, weights[0], grad_x_ptr, rows, in_m, K, strides_wn[0], strides_wk[0],
                     WIDTHS[0], TILES[0], DTYPE, PRECISION, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
+        own = below
         new_weights = (new_weight,) + new_weights
         new_biases = (new_bias,) + new_biases
     return new_weights, new_biases
+
+
+@triton.jit
+def _finish(
+    z, seed_ptr, rows,
+    LAYER: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """A layer's output in fp32 from its pre-activation."""
+    out = finish(z, WIDTH, TILE, ACTIVATION)
+    if P > 0:
+        out *= dropout_scale(seed_ptr, LAYER, rows, tl.arange(0, TILE), WIDTH, P)
+    return out
+
+
+@triton.jit
+def _output(
+    tile, seed_ptr, rows,
+    LAYER: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, P: tl.constexpr,
+    FROM_PREACT: tl.constexpr,
+):  # fmt: skip
+    """A layer's output, rounded, from what its derivative is made of."""
+    if FROM_PREACT:
+        return _finish(tile.to(tl.float32), seed_ptr, rows, LAYER, WIDTH, TILE, ACTIVATION, P).to(tile.dtype)
+    else:
+        return tile
 
 
 @triton.jit

@@ -12,23 +12,10 @@ from torch import Tensor
 from .activation import SAVES_PREACT, activate, dropout_scale
 from .configs import Config, pipelined_bytes, shortlist
 from .device import Target, precision, target
+from .encoder_plan import WIDEST, kept, near, padded
 from .tiles import times_matrix
 from .tuning import config_for
-
-WIDEST = 128  # of the layers between the first input and the last output
-DEEPEST = 8
-# A tile's offsets from its first element fit 32 bits if no stride is longer.
-LONGEST_STRIDE = 1 << 22
-
-
-def padded(width: int) -> int:
-    """The width of a tile that holds a layer's output: a power of two that tensor cores take."""
-    return max(16, triton.next_power_of_2(width))
-
-
-def is_narrow(widths: Sequence[int]) -> bool:
-    """Whether the kernels take a stack with these outputs [N_1, ..., N_L]; the last may be wide, as may the input."""
-    return 2 <= len(widths) <= DEEPEST and min(widths) > 0 and max(widths[:-1]) <= WIDEST
+from .weight_gradient import LONGEST_STRIDE
 
 
 @triton.jit
@@ -171,9 +158,8 @@ def encoder_forward(
 ) -> list[Tensor | None]:
     """A narrow stack (`is_narrow`) on x [M, K], in one launch.
 
-    save: "all" gives the outputs of all layers, then the pre-activations of those that need them. "first" leaves out
-        what `encoder_backward` finds again on chip (`kept`): most often all hidden outputs but the first. "nothing"
-        keeps the last output alone.
+    save: "all" gives the outputs of all layers, then the pre-activations of those that need them; "needed" leaves out
+        what `encoder_backward` finds again on chip; "nothing" keeps the last output alone (`encoder_plan.kept`).
     dropouts: of each layer's output, the probability of dropping; seed: int64 [1] on x's device.
     int64: 64-bit offsets within a tile even where 32 bits would do.
 
@@ -194,6 +180,7 @@ def encoder_forward(
     keeps = kept(save, widths, activations)
     outs = [x.new_empty((M, width)) if out else None for width, (out, _) in zip(widths, keeps, strict=True)]
     preacts = [x.new_empty((M, width)) if preact else None for width, (_, preact) in zip(widths, keeps, strict=True)]
+    weights = near(weights)
     if M > 0:
         strides = x.stride(), *zip(*(weight.stride() for weight in weights), strict=True)
         encoder_forward_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](
@@ -217,23 +204,6 @@ def encoder_forward(
         )
     of_preacts = [z for z, activation in zip(preacts, activations, strict=True) if activation in SAVES_PREACT]
     return outs + of_preacts if save != "nothing" else outs[-1:]
-
-
-def kept(save: str, widths: Sequence[int], activations: Sequence[str]) -> list[tuple[bool, bool]]:
-    """Of each layer, whether its output and its pre-activation are written to memory."""
-    last = len(widths) - 1
-    wide = padded(widths[last]) > WIDEST
-    result = []
-    for i, activation in enumerate(activations):
-        from_preact = activation in SAVES_PREACT
-        if save == "first":
-            # Of a wide last layer, what the kernels that make its gradients read.
-            out = (i == 0 and not from_preact) or (i == last - 1 and wide)
-            preact = from_preact and (i == 0 or (i == last and wide))
-        else:
-            out, preact = save == "all", save == "all" and from_preact
-        result.append((out or i == last, preact))
-    return result
 
 
 def default_config(widths: Sequence[int], dtype: torch.dtype, facts: Target) -> Config:
