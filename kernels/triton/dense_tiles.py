@@ -109,7 +109,7 @@ def _default_tiles(product: Product, facts: Target) -> tuple[tuple[str, int], ..
     tiles = {"rows": rows, "columns": columns, "depth": depth, "num_warps": warps, "num_stages": 4}
     while shared_bytes(tiles, product, facts) > facts.shared_memory and tiles["num_stages"] > 2:
         tiles["num_stages"] -= 1
-    if product.left > 1 and facts.arch == 120:
+    if product.left > 1 and product.dtype.itemsize == 2 and facts.arch == 120:
         tiles["maxnreg"] = 168  # unbidden, ptxas saves registers there until it spills
     return tuple(tiles.items())
 
