@@ -29,7 +29,7 @@ from threadpoolctl import ThreadpoolController
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton and the kernels are imported
-pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
+pytest.importorskip("triton", reason="triton is not installed")
 
 import triton.language as tl  # noqa: E402
 from triton.runtime import JITFunction, interpreter  # noqa: E402
