@@ -19,7 +19,7 @@ from .activation import SAVES_PREACT
 from .configs import Config, shortlist
 from .device import Target, precision, target
 from .encoder_chain import encoder_chain_kernel
-from .encoder_plan import ends_wide, near, padded, sums_on_chip
+from .encoder_plan import ends_wide, padded, sums_on_chip
 from .reduce import Buffer, Partials, reduce
 from .tuning import config_for
 from .weight_gradient import LONGEST_STRIDE, Layer, weight_gradient
@@ -61,7 +61,6 @@ def encoder_backward(
         return grads
     lowest = 0 if output_mask[0] else wanted[0]
     dropouts = tuple(dropouts or (0.0,) * depth)
-    weights = near(weights)
     outs, saveds = _by_layer(results, activations)
 
     wide = ends_wide(widths)

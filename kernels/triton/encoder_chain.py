@@ -84,7 +84,8 @@ def _one_block(
     stride_gm, stride_gn, strides_wn: tl.constexpr, strides_wk: tl.constexpr,
     WIDTHS: tl.constexpr, TILES: tl.constexpr, ACTIVATIONS: tl.constexpr, DROPOUTS: tl.constexpr,
     FROM_PREACT: tl.constexpr, READ: tl.constexpr, HELD: tl.constexpr,
-    SUMS_WEIGHT: tl.constexpr, SUMS_BIAS: tl.constexpr, LOWEST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
+    SUMS_WEIGHT: tl.constexpr, SUMS_BIAS: tl.constexpr, LOWEST: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     DEPTH: tl.constexpr = len(WIDTHS)
@@ -109,7 +110,7 @@ def _one_block(
                 )  # fmt: skip
                 z = times_matrix(
                     below, weights[i], strides_wk[i], strides_wn[i], WIDTHS[i - 1], WIDTHS[i],
-                    tl.zeros((BLOCK_M, TILES[i]), tl.float32), TILES[i - 1], TILES[i], PRECISION, True,
+                    tl.zeros((BLOCK_M, TILES[i]), tl.float32), TILES[i - 1], TILES[i], PRECISION, True, INT64,
                 )  # fmt: skip
                 z = add_bias(z, biases[i], WIDTHS[i], TILES[i])
                 if FROM_PREACT[i]:
@@ -144,7 +145,8 @@ def _one_block(
             grad = _through_wide_layer(
                 grad, grad_out_ptr, weights[i], saveds[i], seed_ptr, rows, m.to(OFFSET), in_m, row,
                 stride_gm, stride_gn, strides_wn[i], strides_wk[i],
-                i, WIDTHS[i], WIDTHS[i - 1], TILES[i - 1], ACTIVATIONS[i], DROPOUTS[i], DTYPE, PRECISION, BLOCK_N,
+                i, WIDTHS[i], WIDTHS[i - 1], TILES[i - 1], ACTIVATIONS[i], DROPOUTS[i],
+                DTYPE, PRECISION, INT64, BLOCK_N,
             )  # fmt: skip
         elif i >= LOWEST:
             scale = 1.0
@@ -170,12 +172,12 @@ def _one_block(
             if i > LOWEST:
                 grad = times_matrix(
                     dz, weights[i], strides_wn[i], strides_wk[i], WIDTHS[i], WIDTHS[i - 1],
-                    tl.zeros((BLOCK_M, TILES[i - 1]), tl.float32), TILES[i], TILES[i - 1], PRECISION, False,
+                    tl.zeros((BLOCK_M, TILES[i - 1]), tl.float32), TILES[i], TILES[i - 1], PRECISION, False, INT64,
                 )  # fmt: skip
             elif grad_x_ptr is not None:
                 _input_gradient(
                     dz, weights[0], grad_x_ptr, rows, in_m, K, strides_wn[0], strides_wk[0],
-                    WIDTHS[0], TILES[0], DTYPE, PRECISION, BLOCK_M, BLOCK_N,
+                    WIDTHS[0], TILES[0], DTYPE, PRECISION, INT64, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
         own = below
         new_weights = (new_weight,) + new_weights
@@ -225,7 +227,8 @@ def _through_wide_layer(
     grad, grad_out_ptr, weight_ptr, saved_ptr, seed_ptr, rows, m, in_m, row,
     stride_gm, stride_gn, stride_wn, stride_wk,
     LAYER: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BELOW: tl.constexpr, TILE_BELOW: tl.constexpr,
-    ACTIVATION: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """grad + dZ @ weight for a last layer that is too wide to hold, by BLOCK_N of its outputs."""
     for first_n in range(0, WIDTH, BLOCK_N):
@@ -249,7 +252,7 @@ def _through_wide_layer(
         dz = dz.to(DTYPE)
         grad = times_matrix(
             dz, weight_ptr + start * stride_wn, stride_wn, stride_wk, WIDTH - first_n, WIDTH_BELOW, grad,
-            BLOCK_N, TILE_BELOW, PRECISION, False,
+            BLOCK_N, TILE_BELOW, PRECISION, False, INT64,
         )  # fmt: skip
     return grad
 
@@ -257,7 +260,7 @@ def _through_wide_layer(
 @triton.jit
 def _input_gradient(
     dz, weight_ptr, grad_x_ptr, rows, in_m, K, stride_wn, stride_wk,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_x = dZ of the first layer @ its weight, by BLOCK_K columns."""
@@ -265,7 +268,7 @@ def _input_gradient(
         start = tl.cast(first_k, tl.int64)
         grad_x = times_matrix(
             dz, weight_ptr + start * stride_wk, stride_wn, stride_wk, WIDTH, K - first_k,
-            tl.zeros((BLOCK_M, BLOCK_K), tl.float32), TILE, BLOCK_K, PRECISION, False,
+            tl.zeros((BLOCK_M, BLOCK_K), tl.float32), TILE, BLOCK_K, PRECISION, False, INT64,
         )  # fmt: skip
         k = first_k + tl.arange(0, BLOCK_K)
         tl.store(

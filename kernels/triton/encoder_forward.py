@@ -12,7 +12,7 @@ from torch import Tensor
 from .activation import SAVES_PREACT, activate, dropout_scale
 from .configs import Config, pipelined_bytes, shortlist
 from .device import Target, precision, target
-from .encoder_plan import WIDEST, kept, near, padded
+from .encoder_plan import WIDEST, kept, padded
 from .tiles import times_matrix
 from .tuning import config_for
 from .weight_gradient import LONGEST_STRIDE
@@ -86,7 +86,7 @@ def encoder_forward_kernel(
         if TILES[i] <= 128:
             z = times_matrix(
                 h, weights[i], strides_wk[i], strides_wn[i], WIDTHS[i - 1], WIDTHS[i],
-                tl.zeros((BLOCK_M, TILES[i]), tl.float32), TILES[i - 1], TILES[i], PRECISION, True,
+                tl.zeros((BLOCK_M, TILES[i]), tl.float32), TILES[i - 1], TILES[i], PRECISION, True, INT64,
             )  # fmt: skip
             h = _close_layer(
                 z, biases[i], outs[i], preacts[i], seed_ptr, rows, in_m, i,
@@ -95,7 +95,7 @@ def encoder_forward_kernel(
         else:
             _wide_layer(
                 h, weights[i], biases[i], outs[i], preacts[i], seed_ptr, rows, in_m, strides_wn[i], strides_wk[i], i,
-                WIDTHS[i], WIDTHS[i - 1], TILES[i - 1], ACTIVATIONS[i], DROPOUTS[i], DTYPE, PRECISION, BLOCK_N,
+                WIDTHS[i], WIDTHS[i - 1], TILES[i - 1], ACTIVATIONS[i], DROPOUTS[i], DTYPE, PRECISION, INT64, BLOCK_N,
             )  # fmt: skip
 
 
@@ -103,12 +103,13 @@ def encoder_forward_kernel(
 def _wide_layer(
     h, weight_ptr, bias_ptr, out_ptr, preact_ptr, seed_ptr, rows, in_m, stride_wn, stride_wk,
     LAYER: tl.constexpr, WIDTH: tl.constexpr, WIDTH_BELOW: tl.constexpr, TILE_BELOW: tl.constexpr,
-    ACTIVATION: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, INT64: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     for first_n in range(0, WIDTH, BLOCK_N):
         z = times_matrix(
             h, weight_ptr + tl.cast(first_n, tl.int64) * stride_wn, stride_wk, stride_wn, WIDTH_BELOW, WIDTH - first_n,
-            tl.zeros((h.shape[0], BLOCK_N), tl.float32), TILE_BELOW, BLOCK_N, PRECISION, True,
+            tl.zeros((h.shape[0], BLOCK_N), tl.float32), TILE_BELOW, BLOCK_N, PRECISION, True, INT64,
         )  # fmt: skip
         n = first_n + tl.arange(0, BLOCK_N)
         in_n = n < WIDTH
@@ -180,7 +181,6 @@ def encoder_forward(
     keeps = kept(save, widths, activations)
     outs = [x.new_empty((M, width)) if out else None for width, (out, _) in zip(widths, keeps, strict=True)]
     preacts = [x.new_empty((M, width)) if preact else None for width, (_, preact) in zip(widths, keeps, strict=True)]
-    weights = near(weights)
     if M > 0:
         strides = x.stride(), *zip(*(weight.stride() for weight in weights), strict=True)
         encoder_forward_kernel[(triton.cdiv(M, config["BLOCK_M"]),)](

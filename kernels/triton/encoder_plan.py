@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import triton
-from torch import Tensor
 
 from .activation import SAVES_PREACT
-from .weight_gradient import LONGEST_STRIDE
 
 WIDEST = 128  # of the layers between the first input and the last output
 DEEPEST = 8
@@ -23,19 +21,9 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def is_narrow(in_features: int, widths: Sequence[int]) -> bool:
+def is_narrow(widths: Sequence[int]) -> bool:
     """Whether the kernels take a stack with these outputs [N_1, ..., N_L]; the last may be wide, as may the input."""
-    return (
-        2 <= len(widths) <= DEEPEST
-        and min(widths) > 0
-        and max(widths[:-1]) <= WIDEST
-        and max(in_features, widths[-1]) <= LONGEST_STRIDE
-    )
-
-
-def near(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The weights, those that lie far apart in memory copied: their tiles' offsets have 32 bits."""
-    return [weight if max(weight.stride()) <= LONGEST_STRIDE else weight.contiguous() for weight in weights]
+    return 2 <= len(widths) <= DEEPEST and min(widths) > 0 and max(widths[:-1]) <= WIDEST
 
 
 def ends_wide(widths: Sequence[int]) -> bool:

@@ -5,10 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
-def load_matrix(ptr, stride_row, stride_column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_matrix(
+    ptr, stride_row, stride_column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT64: tl.constexpr
+):
     """A matrix [rows, columns] of any strides as a tile [ROWS, COLUMNS], 0 beyond its edges."""
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
+    OFFSET: tl.constexpr = tl.int64 if INT64 else tl.int32
+    row = tl.arange(0, ROWS).to(OFFSET)
+    column = tl.arange(0, COLUMNS).to(OFFSET)
     return tl.load(
         ptr + row[:, None] * stride_row + column[None, :] * stride_column,
         mask=(row[:, None] < rows) & (column[None, :] < columns),
@@ -20,6 +23,7 @@ def load_matrix(ptr, stride_row, stride_column, rows, columns, ROWS: tl.constexp
 def times_matrix(
     a, ptr, stride_k, stride_n, rows, columns, acc,
     K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
+    INT64: tl.constexpr,
 ):  # fmt: skip
     """acc + a @ b, where a [BLOCK_M, K] is a tile and b [rows, columns] lies in memory, its tile is [K, N].
 
@@ -31,12 +35,14 @@ def times_matrix(
     if K > MOST:
         HALF: tl.constexpr = K // 2
         left, right = tl.split(tl.permute(tl.reshape(a, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-        acc = times_matrix(left, ptr, stride_k, stride_n, rows, columns, acc, HALF, N, PRECISION, TRANSPOSED)
+        acc = times_matrix(left, ptr, stride_k, stride_n, rows, columns, acc, HALF, N, PRECISION, TRANSPOSED, INT64)
         ptr += HALF * stride_k
-        return times_matrix(right, ptr, stride_k, stride_n, rows - HALF, columns, acc, HALF, N, PRECISION, TRANSPOSED)
+        return times_matrix(
+            right, ptr, stride_k, stride_n, rows - HALF, columns, acc, HALF, N, PRECISION, TRANSPOSED, INT64
+        )
     else:
         if TRANSPOSED:
-            b = tl.trans(load_matrix(ptr, stride_n, stride_k, columns, rows, N, K))
+            b = tl.trans(load_matrix(ptr, stride_n, stride_k, columns, rows, N, K, INT64))
         else:
-            b = load_matrix(ptr, stride_k, stride_n, rows, columns, K, N)
+            b = load_matrix(ptr, stride_k, stride_n, rows, columns, K, N, INT64)
         return tl.dot(a, b, acc, input_precision=PRECISION)
