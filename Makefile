@@ -16,7 +16,7 @@ TORCH_STAMP := $(VENV)/stamp-$(subst /,_,$(subst $() ,_,$(TORCH)))
 CXX_FILES := $(sort $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp))
 FORMATTED := $(CXX_FILES) $(wildcard tests/native/*.cpp)
 
-.PHONY: help demo test test-smoke bench gpu gpu-there lint format clean
+.PHONY: help demo test test-smoke bench gpu gpu-there resources lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test-smoke   run the few tests that tell whether an installation works"
 	@echo "make bench        compare with eager PyTorch: tens of minutes; a look: make bench ARGS=--quick"
 	@echo "make gpu          on a machine with a GPU: tests, benchmark, compute-sanitizer; the report goes to out/gpu"
+	@echo "make resources    compile the Triton kernels for every GPU and write down what they need: tests/gpu/resources.json"
 	@echo "make lint         ruff, clang-format, mypy"
 	@echo "make format       let ruff and clang-format change the files"
 	@echo "make clean        remove what was built; an environment is removed by rm -r $(VENV)"
@@ -49,6 +50,9 @@ gpu: gpu-there $(BUILD)/built $(VENV)/stamp-test
 
 gpu-there:
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "fastenc: nvidia-smi finds no GPU here, and make gpu is for machines with one; without a GPU there is make test" >&2; exit 1; }
+
+resources: $(VENV)/stamp-app
+	$(ENV_PYTHON) tests/gpu/compile.py --write
 
 lint: $(VENV)/stamp-lint
 	$(VENV)/bin/ruff check .

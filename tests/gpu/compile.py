@@ -40,7 +40,7 @@ def compile_cases(cases: str, candidates: bool, arch: int | str, dtype: str) -> 
     return [
         record
         for case in importlib.import_module(cases).CASES
-        if dtype in case.dtypes and arch in case.archs
+        if dtype in case.dtypes and arch in case.archs and (case.searched or not candidates)
         for record in launching.records(case, arch, dtype, launched(case, arch, dtype), recorded)
     ]
 
@@ -49,8 +49,9 @@ def compile_all(cases: str, candidates: bool) -> list[Record]:
     """The records of all cases, sorted. A kernel that several cases launch alike is there once, under the first."""
     import launching
 
-    archs = launching.CANDIDATE_ARCHS if candidates else (*launching.ARCHS, *launching.AMD)
-    tasks = [(arch, dtype) for arch in archs for dtype in launching.DTYPES]
+    tasks = [(arch, dtype) for arch in (*launching.ARCHS, *launching.AMD) for dtype in launching.DTYPES]
+    if candidates:
+        tasks = [(arch, "bf16") for arch in launching.CANDIDATE_ARCHS]
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=spawn) as pool:
         found = pool.map(functools.partial(compile_cases, cases, candidates), *zip(*tasks, strict=True))

@@ -28,7 +28,7 @@ ARCHS = tuple(device.TARGETS)
 CANDIDATE_ARCHS = (80, 86, 90)  # one for each size of shared memory
 AMD = ("gfx942",)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 # SASS opcodes by what they show. Tensor cores: HMMA; on sm_90 HGMMA and on sm_100 UTCHMMA for wide tiles. Copies into
 # shared memory past the registers: LDGSTS, by descriptor UTMALDG. Local memory, where spilled registers go: LDL, STL.
@@ -47,6 +47,7 @@ class Case:
     launch: Callable[[torch.dtype], object]
     dtypes: tuple[str, ...] = tuple(DTYPES)
     archs: tuple[int | str, ...] = ARCHS
+    searched: bool = False  # the candidates of a search are compiled as well, where asked for
     aligned: bool = True  # every row of every matrix begins at a multiple of 16 bytes
 
 
@@ -173,12 +174,13 @@ def resources(compiled: CompiledKernel) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _output("cuobjdump", "-res-usage", file.name)
-        opcodes = count_opcodes(_output("nvdisasm", "-c", file.name))
+        command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    opcodes = count_opcodes(listing)
     unfinished = re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", compiled.asm["ptx"])
     return {
-        "registers": int(re.search(r"\bREG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"\bSTACK:(\d+)", usage)[1]),
+        "registers": int(re.search(r"\bREG:(\d+)", listing)[1]),
+        "stack": int(re.search(r"\bSTACK:(\d+)", listing)[1]),
         "shared": compiled.metadata.shared,
         **{kind: {name: opcodes[name] for name in names if opcodes[name]} for kind, names in OPCODES.items()},
         "unfinished": max(map(int, unfinished), default=0),
@@ -196,9 +198,5 @@ def amd_resources(compiled: CompiledKernel) -> dict[str, Any]:
 
 
 def count_opcodes(sass: str) -> collections.Counter[str]:
-    """How often each opcode, without its modifiers, is in what nvdisasm printed."""
+    """How often each opcode, without its modifiers, is in what cuobjdump printed."""
     return collections.Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass, re.MULTILINE))
-
-
-def _output(tool: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
