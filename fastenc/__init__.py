@@ -7,6 +7,7 @@ from .modules import FusedDense
 from .ops import use_backend
 from .pretrained import ModelFileError, load_preprocessing, load_pretrained
 from .training import Callback, EarlyStopping, History, Trainer
+from .tune import tune
 
 __version__ = "0.1.0"
 
@@ -26,5 +27,6 @@ __all__ = [
     "fused_dense",
     "load_preprocessing",
     "load_pretrained",
+    "tune",
     "use_backend",
 ]

@@ -1,6 +1,7 @@
-"""The command line: `fastenc train | encode | evaluate | info`, also as `python -m fastenc`.
+"""The command line: `fastenc train | encode | evaluate | tune | info`, also as `python -m fastenc`.
 
-Exit codes: 0 done; 2 bad input, with one sentence that names it and the cure; 130 Ctrl-C; 1 an error of fastenc's own.
+Exit codes: 0 done; 2 bad input, with one sentence that names it and the cure; 130 Ctrl-C; 1 an error of fastenc's own,
+or a machine that cannot do it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 
 from . import __version__
 from .activation import ACTIVATIONS
+from .backends import BACKENDS
 from .data import DataError, Prepared, Preprocessor, load
 from .data.preprocessing import MISSING, SCALES
 from .encoder import AutoEncoder, Encoder
 from .explain import explain
-from .info import describe
+from .info import clear_tuning, describe
 from .pipeline import (
     SavedModel,
     check_model_folder,
@@ -34,6 +36,7 @@ from .pretrained import ModelFileError
 from .record import read_record, split_rows, write_record
 from .report import dead_units, evaluate_codes, render_evaluation
 from .training import EarlyStopping, Trainer
+from .tune import tune as measure
 from .vectors import check_folder_of, check_output, replacing, rows_file, write_row_numbers, write_vectors
 
 try:
@@ -45,6 +48,7 @@ except ModuleNotFoundError:
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+TUNED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXTRAS = ("sklearn", "pandas", "pyarrow")
 
 
@@ -93,18 +97,31 @@ def choice(what: str, *names: str) -> Any:
     return typer.Option(callback=check, metavar="NAME", help=f"{what}: {', '.join(names)}.")
 
 
-def parse_widths(text: str) -> tuple[int, ...]:
+def parse_numbers(text: str, what: str, example: str) -> tuple[int, ...]:
     try:
-        widths = tuple(int(part) for part in text.split(","))
+        numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
-        widths = ()
-    if not widths or min(widths) < 1:
-        raise typer.BadParameter(f"{text!r} is not a list of layer widths; write for example 128,64,32,16")
-    return widths
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of {what}; write for example {example}")
+    return numbers
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    return parse_numbers(text, "layer widths", "128,64,32,16")
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    return parse_numbers(text, "batch sizes", "32,4096")
 
 
 def check_widths(text: str) -> str:
     parse_widths(text)
+    return text
+
+
+def check_batches(text: str) -> str:
+    parse_batches(text)
     return text
 
 
@@ -271,8 +288,36 @@ def evaluate(
 
 
 @app.command()
-def info() -> None:
-    """Print versions, processors, and which backends are usable or why they are not."""
+def tune(
+    in_features: Annotated[int, typer.Option(min=1, help="Number of input features.", show_default=False)],
+    widths: Annotated[
+        str, typer.Option(callback=check_widths, help="Widths of the layers, one or several.")
+    ] = "128,64,32,16",
+    batch: Annotated[str, typer.Option(callback=check_batches, help="Numbers of rows.")] = "32,4096",
+    dtype: Annotated[str, choice("Number format", *TUNED_DTYPES)] = "bf16",
+    activation: Annotated[str, choice("Activation of the layers", *ACTIVATIONS)] = "relu",
+) -> None:
+    """Measure the Triton kernels on this GPU for an encoder of your own, and keep what is fastest.
+
+    Both sides are measured, the kernels and eager PyTorch, and the faster one is chosen from then on. What is kept is
+    shown by fastenc info.
+    """
+    if reason := BACKENDS["triton"].why_unavailable():
+        typer.echo(f"fastenc: there is nothing to tune here: {reason}", err=True)
+        raise typer.Exit(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Encoder(in_features, parse_widths(widths), activation, device=device, dtype=TUNED_DTYPES[dtype])
+    for rows in parse_batches(batch):
+        typer.echo(str(measure(model, torch.zeros(rows, in_features, device=device, dtype=TUNED_DTYPES[dtype]))))
+
+
+@app.command()
+def info(
+    clear_cache: Annotated[bool, typer.Option("--clear-cache", help="Forget what fastenc tune has measured.")] = False,
+) -> None:
+    """Print versions, processors, which backends are usable or why they are not, and what was tuned."""
+    if clear_cache:
+        typer.echo(f"removed {clear_tuning()}")
     typer.echo(describe())
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import platform
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from . import __version__
-from .backends import BACKENDS
+from .backends import BACKENDS, triton
 
 
 def triton_version() -> str:
@@ -41,6 +42,34 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def tuned() -> list[tuple[str, str]]:
+    """Where measured choices are kept, how many there are, and which hold for this GPU, Triton and these kernels."""
+    from .kernels.store import STORE
+
+    entries = STORE.entries()
+    if triton.why_unavailable():
+        return [("tuning cache", f"{STORE.path}: {len(entries)} entries, none of use here")]
+    here = triton.tuning().environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    configs = [key for key in entries if key.startswith(f"config|{here}|")]
+    choices = [entry for key, entry in entries.items() if key.startswith(f"choice|{here}|")]
+    counts = f"{len(configs)} configurations and {len(choices)} choices for this GPU, of {len(entries)} entries"
+    return [("tuning cache", f"{STORE.path}: {counts}")] + [
+        (
+            "tuned",
+            f"{entry['of']}: {entry['backend']} (triton {entry['triton_us']:.4g} us, eager {entry['eager_us']:.4g})",
+        )
+        for entry in choices
+    ]
+
+
+def clear_tuning() -> Path:
+    """Remove the cache of what was measured; where it was."""
+    from .kernels.store import STORE
+
+    STORE.clear()
+    return STORE.path
+
+
 def describe() -> str:
     """A report for people, one fact a line; made to be pasted into a bug report."""
     built_with = f"built with CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
@@ -54,5 +83,6 @@ def describe() -> str:
     facts += [(f"GPU {index}", line) for index, line in enumerate(gpus())] or [("GPU", "none that PyTorch can use")]
     for name, backend in BACKENDS.items():
         facts.append((f"backend {name}", usability(backend)))
+    facts += tuned()
     width = max(len(name) for name, _ in facts)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts)

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "fastenc"
 LAYERS = (
     {"__main__", "cli", "info", "pipeline", "plots", "record", "report", "vectors"},
     {"training"},
-    {"encoder", "explain", "pretrained"},
+    {"encoder", "explain", "pretrained", "tune"},
     {"modules"},
     {"functional"},
     {"ops"},

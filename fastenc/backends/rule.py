@@ -72,6 +72,15 @@ class Problem(NamedTuple):
     training: bool  # whether a backward pass follows
     captured: bool  # whether the step goes into a CUDA graph
 
+    def __str__(self) -> str:
+        """For people, for example "32 rows, 784-128, relu, bfloat16, training in a CUDA graph"."""
+        names = ", ".join(dict.fromkeys(self.activations))
+        dtype = str(self.dtype).removeprefix("torch.") + (
+            ", TF32" if self.dtype.itemsize * self.tensor_cores == 4 else ""
+        )
+        kind = ("training" if self.training else "inference") + (" in a CUDA graph" if self.captured else "")
+        return f"{self.M} rows, {'-'.join(map(str, self.widths))}, {names}, {dtype}, {kind}"
+
 
 def ratio(problem: Problem, arch: int) -> float:
     """Eager PyTorch's modelled time over ours: above 1 ours is less."""

@@ -82,7 +82,8 @@ def _kernels() -> SimpleNamespace:
     from ..kernels.dense_backward import dense_backward
     from ..kernels.dense_forward import dense_forward
     from ..kernels.encoder_backward import encoder_backward
-    from ..kernels.encoder_forward import encoder_forward, is_narrow
+    from ..kernels.encoder_forward import encoder_forward
+    from ..kernels.encoder_plan import is_narrow
 
     return SimpleNamespace(
         interpreted=device.interpreted,
@@ -142,9 +143,14 @@ class Verdict(NamedTuple):
 
 
 def verdict(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str], training: bool) -> Verdict:
-    """Whether these layers are faster here than in eager PyTorch: as measured by `fastenc tune`, else by `rule`."""
+    """Whether these layers are faster here than in eager PyTorch: as measured by `fastenc.tune`, else by `rule`."""
+    return _verdict(problem_of(x, weights, activations, training), x.device)
+
+
+def problem_of(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str], training: bool) -> rule.Problem:
+    """What a verdict depends on, beside the device."""
     kernels = _kernels()
-    problem = rule.Problem(
+    return rule.Problem(
         x.shape[0],
         (x.shape[1], *(weight.shape[0] for weight in weights)),
         tuple(activations),
@@ -153,14 +159,13 @@ def verdict(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str], tr
         training,
         kernels.tuning.capturing(x.device),
     )
-    return _verdict(problem, x.device)
 
 
 @functools.lru_cache(maxsize=4096)
 def _verdict(problem: rule.Problem, device: torch.device) -> Verdict:
-    measured = _kernels().tuning.choice(choice_kind(problem), device)
+    measured = _kernels().tuning.choice(_kind(problem), device)
     if measured is not None:
-        times = f"measured: {measured['triton_us']:.3g} us, eager PyTorch {measured['eager_us']:.3g}"
+        times = f"measured: {measured['triton_us']:.4g} us, eager PyTorch {measured['eager_us']:.4g}"
         return Verdict(measured["backend"] == NAME, times)
     if len(problem.activations) > 1 and not _kernels().is_narrow(problem.widths[1:]):
         return Verdict(False, "too wide or too deep a stack for one kernel")
@@ -169,14 +174,34 @@ def _verdict(problem: rule.Problem, device: torch.device) -> Verdict:
     return Verdict(ratio * rule.GAIN > 1, words)
 
 
-def choice_kind(problem: rule.Problem) -> tuple[Any, ...]:
-    """What a measured choice is kept under: the torch it was measured against, and the problem, M by its bucket."""
+def choose(problem: rule.Problem, device: torch.device, triton_us: float, eager_us: float) -> str | None:
+    """Keep what was measured, for as many rows up to a power of two. Why it is not on disk, in words, or None."""
+    _verdict.cache_clear()
+    return _kernels().tuning.choose(
+        _kind(problem),
+        device,
+        {
+            "backend": NAME if triton_us < eager_us else "eager",
+            "triton_us": triton_us,
+            "eager_us": eager_us,
+            "of": str(problem),
+        },
+    )
+
+
+def _kind(problem: rule.Problem) -> tuple[Any, ...]:
     return (torch.__version__, *problem._replace(M=_kernels().tuning.bucket(problem.M)))
 
 
-def forget_verdicts() -> None:
-    """Decide afresh: more has been measured."""
+def tuning() -> Any:
+    """The module `fastenc.kernels.tuning`."""
+    return _kernels().tuning
+
+
+def forget() -> None:
+    """Decide afresh, by what the cache on disk holds now."""
     _verdict.cache_clear()
+    _kernels().tuning.forget()
 
 
 @functools.lru_cache(maxsize=1024)

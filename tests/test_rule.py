@@ -1,0 +1,92 @@
+"""The modelled choice between the Triton kernels and eager PyTorch, on shapes of which the answer is argued for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastenc.backends import rule
+
+ENCODER = (784, 128, 64, 32, 16)
+
+
+def problem(M, widths, activation="relu", dtype=torch.bfloat16, training=False, captured=False, tf32=False):
+    tensor_cores = dtype.itemsize == 2 or tf32
+    return rule.Problem(M, widths, (activation,) * (len(widths) - 1), dtype, tensor_cores, training, captured)
+
+
+def faster(*args, arch: int = 80, **options) -> bool:
+    return rule.ratio(problem(*args, **options), arch) * rule.GAIN > 1
+
+
+@pytest.mark.parametrize("arch", rule.DATASHEETS)
+@pytest.mark.parametrize("training", [False, True])
+def test_narrow_stacks_take_the_kernels(arch, training):
+    """One launch for two operators a layer, and hidden outputs on chip."""
+    for M in (1, 32, 4096, 65536):
+        for captured in (False, True):
+            assert faster(M, ENCODER, arch=arch, training=training, captured=captured)
+
+
+@pytest.mark.parametrize("arch", rule.DATASHEETS)
+def test_small_dense_layers_wait_for_a_cuda_graph(arch):
+    """By themselves they are bound by the host, for which our launches cost more."""
+    for training in (False, True):
+        assert not faster(32, (64, 64), arch=arch, training=training)
+        assert faster(32, (64, 64), arch=arch, training=training, captured=True)
+
+
+def test_wide_products_stay_with_cublas():
+    """An A100 would need 78% and 92% of cuBLAS's rate from us; more is assumed of neither."""
+    assert not faster(4096, (1024, 4096))
+    assert not faster(8192, (3072, 768))
+    assert not faster(8192, (3072, 768), arch=90)
+
+
+def test_memory_bound_dense_layers_take_the_kernels():
+    assert faster(65536, (784, 128))
+    assert faster(65536, (784, 128), training=True)
+
+
+def test_without_an_activation_there_is_nothing_to_fuse():
+    for M in (32, 65536):
+        assert not faster(M, (784, 128), activation="identity", captured=True)
+
+
+def test_fp32_without_tensor_cores_is_bound_by_arithmetic():
+    assert not faster(65536, ENCODER, dtype=torch.float32)
+    assert faster(65536, ENCODER, dtype=torch.float32, tf32=True)
+
+
+def test_long_sums_of_few_programs_stay_with_cublas():
+    assert not faster(1, (4096, 64), captured=True)
+
+
+def test_the_share_of_cublas_decides():
+    """Twice the operations of one rate take twice as long."""
+    wide = problem(65536, (4096, 4096))
+    sheet = rule.datasheet(80)
+    assert rule._ours(wide, sheet).device == pytest.approx(rule._eager(wide, sheet).device / rule.SHARE, rel=0.1)
+
+
+def test_a_wide_product_on_an_a100_is_as_long_as_its_operations():
+    """34 * 10^9 operations at 312 * 10^12 a second: 110 us; the activation's pass of 67 MB at 2.04 TB/s: 33 us."""
+    device = rule._eager(problem(4096, (1024, 4096)), rule.datasheet(80)).device
+    assert device == pytest.approx(110.1 + 32.9 + 2 * rule.KERNEL, abs=0.5)
+
+
+def test_the_nearest_datasheet_below():
+    assert rule.datasheet(87) is rule.DATASHEETS[86]
+    assert rule.datasheet(103) is rule.DATASHEETS[100]
+    assert rule.datasheet(75) is rule.DATASHEETS[80]
+
+
+def test_empty_problems_have_an_answer():
+    for widths in ((0, 4), (4, 0), (4, 4)):
+        assert rule.ratio(problem(0, widths, training=True), 80) > 0
+
+
+def test_in_words():
+    assert str(problem(32, ENCODER)) == "32 rows, 784-128-64-32-16, relu, bfloat16, inference"
+    both = problem(1, (3, 2), "gelu", torch.float32, training=True, captured=True, tf32=True)
+    assert str(both) == "1 rows, 3-2, gelu, float32, TF32, training in a CUDA graph"
