@@ -102,7 +102,7 @@ def preact_gradient(
         INT64=int64 or max(*strides, N) > LONGEST_STRIDE,
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
-        num_warps=4,
+        num_warps=8 if dropout else 4,  # its random numbers take registers
     )  # fmt: skip
     reduce(buffer.partials if buffer else [])
     return dz, grad_bias
