@@ -333,9 +333,9 @@ def auto_on_this_device(monkeypatch):
     """As if `auto` were asked for tensors of a GPU."""
     monkeypatch.setitem(ops._ON_DEVICE, "cpu", [triton])
     monkeypatch.setattr("fastenc.functional.ops.everyday", lambda: None)
-    triton.forget_verdicts()
+    triton._verdict.cache_clear()
     yield
-    triton.forget_verdicts()
+    triton._verdict.cache_clear()
 
 
 def test_auto_chooses_by_the_rule(auto_on_this_device):
