@@ -72,13 +72,13 @@ class Encoder(Pretrained, nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = cast("Iterable[FusedDense]", self.layers._modules.values())
-        if self.training and self.dropout > 0:
-            *hidden, last = layers
-            for layer in hidden:
-                x = F.dropout(layer(x), self.dropout)
-            return last(x)
-        return _run(layers, x)
+        return _run(cast("Iterable[FusedDense]", self.layers._modules.values()), self._dropouts(), x)
+
+    def _dropouts(self) -> tuple[float, ...] | None:
+        """Of each layer's output, the probability of dropping now; None for no dropout."""
+        if not (self.training and self.dropout > 0):
+            return None
+        return (self.dropout,) * (len(self.layers) - 1) + (0.0,)
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -102,7 +102,7 @@ def _has_global_hooks() -> bool:
     )
 
 
-def _run(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+def _run(layers: Iterable[nn.Module], dropouts: Sequence[float] | None, x: Tensor) -> Tensor:
     """The layers one after the other: in one kernel where nothing asks for more than their forward."""
     weights, biases, activations = [], [], []
     for layer in layers:
@@ -115,19 +115,24 @@ def _run(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
         activations.append(state["activation"])
     else:
         if not _has_global_hooks():
-            return encoder_stack(x, weights, biases, activations)
-    for layer in layers:
+            return encoder_stack(x, weights, biases, activations, dropouts)
+    for i, layer in enumerate(layers):
         x = layer(x)
+        if dropouts is not None and dropouts[i] > 0:
+            x = F.dropout(x, dropouts[i])
     return x
 
 
-def _fusible(stack: nn.Module) -> list[nn.Module] | None:
-    """The layers of an Encoder (or the one layer of a head) that may run as part of a longer stack; else None."""
+def _fusible(stack: nn.Module) -> tuple[list[nn.Module], tuple[float, ...] | None] | None:
+    """The layers of an Encoder (or the one layer of a head) that may run as part of a longer stack, and their dropouts.
+
+    None if they may not.
+    """
     if _is_plain(stack, FusedDense):
-        return [stack]
-    if not isinstance(stack, Encoder) or not _is_plain(stack, Encoder) or (stack.training and stack.dropout > 0):
+        return [stack], None
+    if not isinstance(stack, Encoder) or not _is_plain(stack, Encoder):
         return None
-    return list(stack.layers)
+    return list(stack.layers), stack._dropouts()
 
 
 def _run_both(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
@@ -135,7 +140,10 @@ def _run_both(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
     below, above = _fusible(first), _fusible(second)
     if below is None or above is None or _has_global_hooks():
         return second(first(x))
-    return _run(below + above, x)
+    dropouts = None
+    if below[1] is not None or above[1] is not None:
+        dropouts = [p for layers, of_each in (below, above) for p in of_each or (0.0,) * len(layers)]
+    return _run(below[0] + above[0], dropouts, x)
 
 
 class AutoEncoder(Pretrained, nn.Module):

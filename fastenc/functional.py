@@ -111,6 +111,56 @@ class EncoderFunction(torch.autograd.Function):
         return None, None, grads[0], *grads[1::2], *grads[2::2]
 
 
+class RecomputingEncoderFunction(torch.autograd.Function):
+    """out = apply(activations, dropouts, seed, backend, x, *weights, *biases); x is [M, K].
+
+    As EncoderFunction, for a backend with `encoder_train`: it keeps less than all hidden outputs, and may drop some of
+    their values (`dropouts`, from `seed`, int64 [1]). A second derivative recomputes the stack in ATen.
+    """
+
+    @staticmethod
+    def forward(ctx, activations, dropouts, seed: Tensor | None, backend: ModuleType, x: Tensor, *parameters: Any):
+        depth = len(activations)
+        results = backend.encoder_train(x, parameters[:depth], parameters[depth:], activations, dropouts, seed)
+        needs = ctx.needs_input_grad[4:]
+        ctx.mask = [needs[0], *(n for both in zip(needs[1 : depth + 1], needs[depth + 1 :], strict=True) for n in both)]
+        ctx.save_for_backward(x, seed, *parameters, *results)
+        ctx.set_materialize_grads(False)
+        ctx.activations = activations
+        ctx.dropouts = dropouts
+        ctx.backend = backend
+        return results[depth - 1]
+
+    @staticmethod
+    def backward(ctx, grad_out: Tensor | None):
+        depth = len(ctx.activations)
+        if grad_out is None:
+            return (None,) * (5 + 2 * depth)
+        x, seed, *rest = ctx.saved_tensors
+        weights, biases, results = rest[:depth], rest[depth : 2 * depth], rest[2 * depth :]
+        if _by_formulas(grad_out):
+            grads = _gradients_by_formulas(grad_out, x, weights, biases, ctx.activations, ctx.dropouts, seed, ctx.mask)
+        else:
+            grads = ctx.backend.encoder_train_backward(
+                grad_out, x, weights, biases, results, ctx.activations, ctx.mask, ctx.dropouts, seed
+            )
+        grads = [grad if wanted else None for grad, wanted in zip(grads, ctx.mask, strict=True)]
+        return None, None, None, None, grads[0], *grads[1::2], *grads[2::2]
+
+
+def _gradients_by_formulas(grad_out, x, weights, biases, activations, dropouts, seed, mask) -> list[Tensor | None]:
+    inputs = [x, *(parameter for both in zip(weights, biases, strict=True) for parameter in both)]
+    with torch.enable_grad():
+        out = x
+        for i, (weight, bias, activation) in enumerate(zip(weights, biases, activations, strict=True)):
+            out = get_activation(activation).forward(F.linear(out, weight, bias))
+            if dropouts[i] > 0:
+                out = out * reference.dropout_scale(seed, i, len(out), out.shape[1], dropouts[i]).to(out.dtype)
+    wanted = [tensor for tensor, needs in zip(inputs, mask, strict=True) if needs]
+    found = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=torch.is_grad_enabled()))
+    return [next(found) if needs else None for needs in mask]
+
+
 def fused_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu") -> Tensor:
     """`activation(x @ weight.T + bias)` in one kernel, with its gradient.
 
@@ -155,7 +205,11 @@ def fused_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, activatio
 
 
 def encoder(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    dropouts: Sequence[float] | None = None,
 ) -> Tensor:
     """`fused_dense` after `fused_dense`, in one kernel for the whole stack, with its gradient.
 
@@ -164,32 +218,37 @@ def encoder(
         weights: of each layer, `[N_i, N_(i-1)]`, with `N_(-1) = K`.
         biases: of each layer, `[N_i]` or None.
         activations: of each layer, a name.
+        dropouts: of each layer's output, the probability with which a value is dropped; None for no dropout. On a GPU
+            it is part of the kernels, with random numbers of their own, seeded by PyTorch's generator of the device.
 
     Returns:
         `[..., N_last]`.
 
     Raises:
-        ValueError: an activation is unknown, or the three lists differ in length.
+        ValueError: an activation is unknown, or the lists differ in length.
         RuntimeError: as `torch.nn.functional.linear`, where shapes, dtypes or devices do not match.
     """
-    if not len(weights) == len(biases) == len(activations) > 0:
+    drops = dropouts is not None and any(dropouts)
+    dropouts = dropouts if dropouts is not None else (0.0,) * len(weights)
+    if not len(weights) == len(biases) == len(activations) == len(dropouts) > 0:
         raise ValueError(
-            f"a stack needs as many weights as biases and activations, at least one; "
-            f"got {len(weights)}, {len(biases)} and {len(activations)}"
+            f"a stack needs as many weights as biases, activations and dropouts, at least one; "
+            f"got {len(weights)}, {len(biases)}, {len(activations)} and {len(dropouts)}"
         )
     traced = _traced_by()
-    if traced is None and not x.is_cuda and (operators := ops.everyday()):
+    if traced is None and not drops and not x.is_cuda and (operators := ops.everyday()):
         return operators.encoder.default(x, weights, biases, activation_codes(activations))
     if traced is None and x.dim() > 0 and (cut := ops.parts(x, weights)):
         for part in cut:
-            x = encoder(x, weights[part], biases[part], activations[part])
+            x = encoder(x, weights[part], biases[part], activations[part], dropouts[part])
         return x
     if (
-        len(weights) == 1
+        (len(weights) == 1 and not drops)
+        or (traced and drops)
         or x.dim() == 0
         or (traced and not (torch.compiler.is_compiling() and _all_fit(x, weights, biases)))
     ):
-        return _layer_by_layer(x, weights, biases, activations)
+        return _layer_by_layer(x, weights, biases, activations, dropouts)
     if traced:
         x, *parameters = _autocast(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
@@ -206,9 +265,9 @@ def encoder(
         get_activation(activation)
     first = _first_with_gradient(x, weights, biases)
     backend = ops.select(rows, weights, biases, activations, first < len(weights))
-    if backend is None:
-        return _layer_by_layer(x, weights, biases, activations)
-    out = _run_stack(rows, weights, biases, activations, backend, first)
+    if backend is None or (drops and not hasattr(backend, "encoder_train")):
+        return _layer_by_layer(x, weights, biases, activations, dropouts)
+    out = _run_stack(rows, weights, biases, activations, dropouts, backend, first)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weights[-1].shape[0])
 
 
@@ -224,19 +283,38 @@ def _first_with_gradient(x: Tensor, weights: Sequence[Tensor], biases: Sequence[
     return len(weights)
 
 
-def _run_stack(x, weights, biases, activations, backend: ModuleType, first: int) -> Tensor:
+def _run_stack(x, weights, biases, activations, dropouts, backend: ModuleType, first: int) -> Tensor:
+    recomputes = hasattr(backend, "encoder_train")
+    drops = any(dropouts)
     if first > 0:
         with torch.no_grad():
-            x = backend.encoder_forward(x, weights[:first], biases[:first], activations[:first], False)[0]
+            below = weights[:first], biases[:first], activations[:first]
+            if drops:
+                x = backend.encoder_train(x, *below, tuple(dropouts[:first]), _new_seed(x.device))[first - 1]
+            else:
+                x = backend.encoder_forward(x, *below, False)[0]
         if first == len(weights):
             return x
-        weights, biases, activations = weights[first:], biases[first:], activations[first:]
+        weights, biases, activations, dropouts = weights[first:], biases[first:], activations[first:], dropouts[first:]
+    # To recompute, x is kept; where no gradient is made of it, it should be free to change, as after nn.Linear.
+    if drops or (recomputes and weights[0].requires_grad):
+        seed = _new_seed(x.device) if drops else None
+        return RecomputingEncoderFunction.apply(
+            tuple(activations), tuple(dropouts), seed, backend, x, *weights, *biases
+        )
     return EncoderFunction.apply(tuple(activations), backend, x, *weights, *biases)[len(weights) - 1]
 
 
-def _layer_by_layer(x, weights, biases, activations) -> Tensor:
-    for weight, bias, activation in zip(weights, biases, activations, strict=True):
+def _new_seed(device: torch.device) -> Tensor:
+    """A seed for the kernels' dropout, int64 [1], drawn on the device: in a CUDA graph each replay draws another."""
+    return torch.randint(1 << 62, (1,), dtype=torch.int64, device=device)
+
+
+def _layer_by_layer(x, weights, biases, activations, dropouts) -> Tensor:
+    for weight, bias, activation, p in zip(weights, biases, activations, dropouts, strict=True):
         x = fused_dense(x, weight, bias, activation)
+        if p > 0:
+            x = F.dropout(x, p)
     return x
 
 

@@ -116,3 +116,32 @@ def encoder_backward(
         elif needs_below:
             grad_out = below if grad_out is None else grad_out + below
     return grads
+
+
+def dropout_scale(seed: Tensor, layer: int, rows: int, columns: int, p: float) -> Tensor:
+    """What dropout inside the kernels multiplies a layer's output with: 0 with probability p, else 1 / (1 - p).
+
+    Philox 4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), key `seed + layer`
+    (int64 [1]), counter `row * columns + column`, and the first of its four numbers, as Triton's `tl.rand`.
+
+    Returns: fp32 [rows, columns] on the seed's device.
+    """
+    low = 0xFFFFFFFF
+    counter = torch.arange(rows * columns, device=seed.device)
+    key = seed + layer
+    keys = [key & low, (key >> 32) & low]
+    c = [counter & low, (counter >> 32) & low, torch.zeros_like(counter), torch.zeros_like(counter)]
+    for _ in range(10):
+        (high_b, low_b), (high_a, low_a) = _wide_product(0xCD9E8D57, c[2]), _wide_product(0xD2511F53, c[0])
+        c = [high_b ^ c[1] ^ keys[0], low_b, high_a ^ c[3] ^ keys[1], low_a]
+        keys = [(keys[0] + 0x9E3779B9) & low, (keys[1] + 0xBB67AE85) & low]
+    drawn = torch.where(c[0] >= 1 << 31, low - c[0], c[0]).float() * 4.6566127342e-10
+    scale = torch.where(drawn < torch.tensor(p, dtype=torch.float32), 0.0, 1 / (1 - p))
+    return scale.float().view(rows, columns)
+
+
+def _wide_product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 32 bits of the product of two unsigned 32-bit numbers, b as int64."""
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    middle = (low >> 16) + high
+    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -261,6 +261,51 @@ def encoder_forward(
 
 
 @_on_its_device
+def encoder_train(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[str],
+    dropouts: Sequence[float],
+    seed: Tensor | None,
+) -> list[Tensor | None]:
+    """A narrow stack, or one layer, with what its gradients need and no more: as `encoder_forward`, or None.
+
+    dropouts: of each layer's output, the probability of dropping; seed: int64 [1], None without dropout.
+    """
+    kernels = _kernels()
+    if len(weights) == 1:
+        out, preact = kernels.dense_forward(x, weights[0], biases[0], activations[0], True, dropouts[0], seed)
+        return [out, preact] if get_activation(activations[0]).saves_preact else [out]
+    return kernels.encoder_forward(x, weights, biases, activations, "needed", dropouts, seed)
+
+
+@_on_its_device
+def encoder_train_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    results: Sequence[Tensor | None],
+    activations: Sequence[str],
+    output_mask: Sequence[bool],
+    dropouts: Sequence[float],
+    seed: Tensor | None,
+) -> list[Tensor]:
+    """As `encoder_backward`, from what `encoder_train` kept."""
+    kernels = _kernels()
+    grad_out = grad_out.resolve_neg()
+    if len(weights) == 1:
+        saved = results[-1]
+        return list(
+            kernels.dense_backward(
+                grad_out, x, weights[0], saved, activations[0], tuple(output_mask), dropouts[0], seed
+            )
+        )
+    return kernels.encoder_backward(grad_out, x, weights, biases, results, activations, output_mask, dropouts, seed)
+
+
+@_on_its_device
 def encoder_backward(
     grad_out: Tensor,
     x: Tensor,

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from .device import Target
 
-# Block sizes, num_warps and num_stages by the names that the kernel and Triton give them. Lower-case names other than
-# those two are numbers for the launcher, not for the kernel.
+# Block sizes, num_warps, num_stages and maxnreg by the names that the kernel and Triton give them: without maxnreg the
+# assembler may spill to let more blocks run at once. Other lower-case names are numbers for the launcher.
 Config = dict[str, int]
 
 MAX_CANDIDATES = 20

@@ -200,8 +200,8 @@ def default_config(
     rows = max(default_rows(M, K, widths, dtype.itemsize, sums_weight), triton.cdiv(M, facts.processors))
     # One stage: nothing in the loop over the rows is worth loading ahead.
     if dtype.itemsize == 4:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "rows": rows}
-    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "rows": rows}
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 255, "rows": rows}
+    return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 255, "rows": rows}
 
 
 def candidates(
@@ -211,6 +211,12 @@ def candidates(
     configs = [default_config(M, K, widths, dtype, sums_weight, facts)]
     for block_m, warps in ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8)) if dtype.itemsize == 2 else ((16, 4), (16, 8)):
         for rows in sorted({block_m, triton.cdiv(M, facts.processors), configs[0]["rows"]}):
-            config = {"BLOCK_M": block_m, "BLOCK_N": configs[0]["BLOCK_N"], "num_warps": warps, "num_stages": 1}
+            config = {
+                "BLOCK_M": block_m,
+                "BLOCK_N": configs[0]["BLOCK_N"],
+                "num_warps": warps,
+                "num_stages": 1,
+                "maxnreg": 255,
+            }
             configs.append({**config, "rows": rows})
     return shortlist(configs, [0] * len(configs), facts)

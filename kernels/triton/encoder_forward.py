@@ -12,7 +12,7 @@ from torch import Tensor
 from .activation import SAVES_PREACT, activate, dropout_scale
 from .configs import Config, pipelined_bytes, shortlist
 from .device import Target, precision, target
-from .encoder_plan import WIDEST, kept, padded
+from .encoder_plan import kept, padded
 from .tiles import times_matrix
 from .tuning import config_for
 from .weight_gradient import LONGEST_STRIDE
@@ -174,7 +174,7 @@ def encoder_forward(
             "encoder_forward",
             x,
             (M, K, widths, tuple(activations), save),
-            lambda: default_config(widths, x.dtype, facts),
+            lambda: default_config(x.dtype),
             lambda: candidates(widths, x.dtype, facts),
             lambda candidate: encoder_forward(x, weights, biases, activations, save, dropouts, seed, int64, candidate),
         )
@@ -206,22 +206,22 @@ def encoder_forward(
     return outs + of_preacts if save != "nothing" else outs[-1:]
 
 
-def default_config(widths: Sequence[int], dtype: torch.dtype, facts: Target) -> Config:
+def default_config(dtype: torch.dtype) -> Config:
+    """Eight warps: with four, some activations and unaligned rows take more registers than there are."""
     if dtype.itemsize == 4:
         block_k = 16 if precision(dtype) == "ieee" else 32
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
-    warps = 8 if any(padded(width) == WIDEST for width in widths[1:]) else 4
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": warps, "num_stages": 3}
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3, "maxnreg": 255}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 255}
 
 
 def candidates(widths: Sequence[int], dtype: torch.dtype, facts: Target) -> list[Config]:
     """The default, then other row blocks, warps and depths of the pipeline."""
     half = 2 if dtype.itemsize == 4 else 1
-    configs = [default_config(widths, dtype, facts)]
-    for block_m, block_k, warps in ((16, 128, 4), (32, 64, 4), (64, 64, 8), (128, 64, 8), (128, 32, 8)):
+    configs = [default_config(dtype)]
+    for block_m, block_k, warps in ((16, 128, 4), (32, 64, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8), (128, 32, 8)):
         for stages in (2, 3, 4):
             config = {"BLOCK_M": max(16, block_m // half), "BLOCK_N": 64 // half, "BLOCK_K": block_k // half}
-            configs.append({**config, "num_warps": warps, "num_stages": stages})
+            configs.append({**config, "num_warps": warps, "num_stages": stages, "maxnreg": 255})
     hidden = padded(widths[0])
     needs = [pipelined_bytes(c, dtype.itemsize, (c["BLOCK_M"], c["BLOCK_K"]), (hidden, c["BLOCK_K"])) for c in configs]
     return shortlist(configs, needs, facts)

@@ -79,4 +79,5 @@ def reduce(partials: Sequence[Partials]) -> None:
         BLOCK=BLOCK,
         TOGETHER=TOGETHER,
         num_warps=4,
+        maxnreg=255,
     )

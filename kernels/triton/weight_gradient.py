@@ -236,7 +236,7 @@ def default_config(M: int, sizes: Sequence[tuple[int, int]], dtype: torch.dtype,
     """The largest tiles that still give every other processor one; smaller in fp32."""
     size = 64 if dtype.itemsize == 2 else 32
     config = {"BLOCK_M": 64 if dtype.itemsize == 2 else 32, "BLOCK_N": size, "BLOCK_K": size}
-    config.update(num_warps=4, num_stages=4 if dtype.itemsize == 2 else 3)
+    config.update(num_warps=4, num_stages=4 if dtype.itemsize == 2 else 3, maxnreg=255)
 
     def programs() -> int:
         tiles = sum(_tiles(N, K, config) for N, K in sizes)
@@ -260,7 +260,7 @@ def candidates(M: int, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, fac
         for per_processor in (1, 2, 4):
             splits = max(1, min(M // block_m, triton.cdiv(per_processor * facts.processors, tiles)))
             config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-            configs.append({**config, "num_warps": warps, "num_stages": 3, "splits": splits})
+            configs.append({**config, "num_warps": warps, "num_stages": 3, "maxnreg": 255, "splits": splits})
     needs = [
         pipelined_bytes(c, dtype.itemsize, (c["BLOCK_M"], c["BLOCK_K"]), (2 * c["BLOCK_M"], c["BLOCK_N"]))
         for c in configs
