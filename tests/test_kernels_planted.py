@@ -13,8 +13,12 @@ import interpreter  # first: it decides how kernels run
 import pytest
 import test_kernels_dense as dense
 import torch
-from accuracy import assert_same, draw, eager, run, small_integers
+from accuracy import Problem, Worst, assert_same, draw, eager, run, small_integers
+from fastenc.kernels.encoder_backward import encoder_backward
+from fastenc.kernels.encoder_forward import encoder_forward
+from guards import guarded, guarded_allocations
 from interpreter import OutOfBounds, Race
+from torch import Tensor
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "triton"
 
@@ -67,11 +71,57 @@ def precision() -> None:
     dense.test_tf32_where_pytorch_allows_it(False)
 
 
+WIDTHS = (20, 18, 17, 5)  # each with a remainder for tiles of powers of two
+
+
+def encoder_integers() -> None:
+    for save in ("all", "needed"):
+        problem = small_integers(draw(67, WIDTHS, "relu"), 1)
+        assert_same(by_encoder(problem, save), run(eager, problem))
+
+
+def encoder_rows() -> None:
+    """So many rows that several programs share them, and each has several blocks."""
+    problem = small_integers(draw(1500, WIDTHS, "relu"), 1)
+    assert_same(by_encoder(problem, "needed"), run(eager, problem))
+
+
+def encoder_dropout() -> None:
+    """A backward pass that finds hidden outputs again drops what the forward pass dropped."""
+    p, seed = 0.3, torch.tensor([5])
+    problem = draw(67, WIDTHS, "sigmoid")
+    outs = encoder_forward(problem.x, problem.weights, problem.biases, problem.activations, "all", (p,) * 3, seed)
+
+    def dropped(x, weights, biases, activations):
+        for weight, bias, activation, out in zip(weights, biases, activations, outs, strict=True):
+            x = eager(x, [weight], [bias], [activation]) * (out != 0) / (1 - p)
+        return x
+
+    worst = Worst()
+    expected, exact = run(dropped, problem), run(dropped, problem.map(Tensor.double))
+    worst.add(by_encoder(problem, "needed", p, seed), expected, exact)
+    worst.check()
+
+
+def by_encoder(problem: Problem, save: str, p: float = 0.0, seed: Tensor | None = None) -> dict[str, Tensor]:
+    """The results of the encoder kernels, named as `accuracy.run` has them."""
+    dropouts = (p,) * len(problem.weights)
+    with guarded_allocations():
+        given = problem.map(guarded)
+        stack = (given.x, given.weights, given.biases)
+        results = encoder_forward(*stack, given.activations, save, dropouts, seed)
+        mask = (True,) * (1 + 2 * len(problem.weights))
+        grads = encoder_backward(given.grad_out, *stack, results, given.activations, mask, dropouts, seed)
+    names = ("out", *(f"grad_{name}" for name in problem.leaves()))
+    return dict(zip(names, (results[len(problem.weights) - 1], *grads), strict=True))
+
+
 def wrong(name: str) -> tuple[type[AssertionError], str]:
     """A comparison fails, and it is of this result."""
     return AssertionError, f"^{name}(: | is off by )"
 
 
+STACK, CHAIN = "encoder_forward.py", "encoder_chain.py"
 FORWARD, BACKWARD, WEIGHT = "dense_forward.py", "dense_input_gradient.py", "weight_gradient.py"
 MISTAKES = (
     Mistake(
@@ -148,6 +198,31 @@ MISTAKES = (
         "TF32 where it is not allowed", FORWARD, '"PRECISION": precision(x.dtype)', '"PRECISION": "tf32"', precision,
         AssertionError, "not equal",
     ),
+    Mistake(
+        "a derivative of what dropout scaled", "activation.py", "saved = saved * (1.0 - P)", "saved = saved * 1.0",
+        dropout, *wrong("grad_x"),
+    ),
+    Mistake(
+        "an encoder's bias without mask", STACK, "tl.load(bias_ptr + n, mask=n < width, other=0.0)",
+        "tl.load(bias_ptr + n)", encoder_integers, OutOfBounds, "tl.load",
+    ),
+    Mistake(
+        "an encoder's store without mask of the columns", STACK, "tl.store(out_ptr + offsets, out, mask=in_mn)",
+        "tl.store(out_ptr + offsets, out, mask=in_m[:, None])", encoder_integers, AssertionError,
+        "twice|another program|outside",
+    ),
+    Mistake(
+        "an encoder's weight without mask", "tiles.py", "(row[:, None] < rows) & (column[None, :] < columns)",
+        "row[:, None] < rows", encoder_integers, AssertionError, "outside|is off by|grad_|out",
+    ),
+    Mistake(
+        "an encoder's rows counted twice", CHAIN, "end_m = tl.minimum(first_m + rows_per_program, M)",
+        "end_m = tl.minimum(first_m + rows_per_program + 1, M)", encoder_rows, AssertionError, "another program|grad_",
+    ),
+    Mistake(
+        "another layer's dropout in the chain", CHAIN, "scale = dropout_scale(seed_ptr, i, rows, tl.arange",
+        "scale = dropout_scale(seed_ptr, i + 1, rows, tl.arange", encoder_dropout, *wrong("grad_x"),
+    ),
 )  # fmt: skip
 
 
@@ -167,6 +242,9 @@ def plant(tmp_path, monkeypatch):
         for launcher in ("dense_forward", "dense_backward", "dense_input_gradient"):
             planted = importlib.import_module(f"{name}.{launcher}")
             monkeypatch.setattr(dense, launcher, getattr(planted, launcher))
+        for launcher in ("encoder_forward", "encoder_backward"):
+            planted = importlib.import_module(f"{name}.{launcher}")
+            monkeypatch.setitem(globals(), launcher, getattr(planted, launcher))
 
     return make
 
