@@ -208,16 +208,16 @@ MISTAKES = (
     ),
     Mistake(
         "an encoder's store without mask of the columns", STACK, "tl.store(out_ptr + offsets, out, mask=in_mn)",
-        "tl.store(out_ptr + offsets, out, mask=in_m[:, None])", encoder_integers, AssertionError,
-        "twice|another program|outside",
+        "tl.store(out_ptr + offsets, out, mask=in_m[:, None])", encoder_integers, Race,
+        "an address twice",
     ),
     Mistake(
         "an encoder's weight without mask", "tiles.py", "(row[:, None] < rows) & (column[None, :] < columns)",
-        "row[:, None] < rows", encoder_integers, AssertionError, "outside|is off by|grad_|out",
+        "row[:, None] < rows", encoder_integers, OutOfBounds, "tl.load",
     ),
     Mistake(
         "an encoder's rows counted twice", CHAIN, "end_m = tl.minimum(first_m + rows_per_program, M)",
-        "end_m = tl.minimum(first_m + rows_per_program + 1, M)", encoder_rows, AssertionError, "another program|grad_",
+        "end_m = tl.minimum(first_m + rows_per_program + 1, M)", encoder_rows, Race, "another program stored",
     ),
     Mistake(
         "another layer's dropout in the chain", CHAIN, "scale = dropout_scale(seed_ptr, i, rows, tl.arange",
