@@ -78,7 +78,6 @@ def dense_backward(
             grad_x = dense_input_gradient(grad_out, needed, weight, activation, dropout, seed, int64)
         if want_weight:
             grad_weight = grad_out.new_empty((N, K))
-        if want_weight and K > 0:
             grad_bias = grad_out.new_empty(N) if want_bias else None
             layer = Layer(grad_out, needed, x, activation, grad_weight, grad_bias, dropout)
             reduce(weight_gradient([layer], seed if dropout else None, int64))
