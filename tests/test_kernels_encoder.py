@@ -20,7 +20,7 @@ from fastenc.activation import ACTIVATIONS
 from fastenc.backends import reference
 
 # (M, widths from the input on). A remainder in every dimension; one output; a wide last layer.
-STACKS = ((67, (45, 33, 20, 5)), (35, (17, 16, 1)), (40, (20, 30, 17, 150)))
+STACKS = ((67, (45, 33, 20, 5)), (270, (17, 16, 1)), (40, (20, 30, 17, 150)))
 LARGE = ((35, (20, 120, 100, 18)), (35, (9, 16, 17, 12, 9, 14, 16, 10, 11)))
 SAVES = ("all", "needed")
 SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
@@ -67,7 +67,8 @@ def draw_without_a_bias(M: int, widths: Sequence[int], *options: Any, **more: An
 def test_as_accurate_as_eager(activation, dtype):
     for shape, stack in enumerate(STACKS):
         worst = Worst()
-        for seed in range(2 if shape != 1 else 5):  # of few numbers the largest error is left to chance
+        # Of few coarsely rounded numbers the largest error is left to chance.
+        for seed in range(2 if dtype == torch.float32 else 5):
             problem = draw(*stack, activation, dtype, seed=10 * shape + seed)
             actual = by_kernels(problem, SAVES[(shape + seed) % 2])
             worst.add(actual, run(eager, problem), run(eager, problem.map(Tensor.double)))
