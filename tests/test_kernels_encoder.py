@@ -19,8 +19,8 @@ from torch import Tensor
 from fastenc.activation import ACTIVATIONS
 from fastenc.backends import reference
 
-# (M, widths from the input on). A remainder in every dimension; one output; a wide last layer.
-STACKS = ((67, (45, 33, 20, 5)), (270, (17, 16, 1)), (40, (20, 30, 17, 150)))
+# (M, widths from the input on). A remainder in every dimension; hardly any padding; a wide last layer.
+STACKS = ((67, (45, 33, 20, 5)), (70, (17, 16, 12)), (40, (20, 30, 17, 150)))
 LARGE = ((35, (20, 120, 100, 18)), (35, (9, 16, 17, 12, 9, 14, 16, 10, 11)))
 SAVES = ("all", "needed")
 SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
@@ -68,7 +68,7 @@ def test_as_accurate_as_eager(activation, dtype):
     for shape, stack in enumerate(STACKS):
         worst = Worst()
         # Of few coarsely rounded numbers the largest error is left to chance.
-        for seed in range(2 if dtype == torch.float32 else 5):
+        for seed in range(1 if dtype == torch.float32 else (4, 4, 3)[shape]):
             problem = draw(*stack, activation, dtype, seed=10 * shape + seed)
             actual = by_kernels(problem, SAVES[(shape + seed) % 2])
             worst.add(actual, run(eager, problem), run(eager, problem.map(Tensor.double)))
@@ -80,7 +80,7 @@ def test_as_accurate_as_eager(activation, dtype):
 def test_exact_on_integers(dtype, save):
     for stack, activations in (
         (STACKS[0], "relu"),
-        (STACKS[1], ("identity", "relu")),
+        ((35, (17, 16, 1)), ("identity", "relu")),
         (STACKS[2], ("relu", "identity", "relu")),
         (STACKS[2], ("relu", "relu", "identity")),
     ):
