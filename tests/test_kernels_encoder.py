@@ -68,7 +68,7 @@ def test_as_accurate_as_eager(activation, dtype):
     for shape, stack in enumerate(STACKS):
         worst = Worst()
         # Of few coarsely rounded numbers the largest error is left to chance.
-        for seed in range(1 if dtype == torch.float32 else (4, 4, 3)[shape]):
+        for seed in range(1 if dtype == torch.float32 else (6, 4, 3)[shape]):
             problem = draw(*stack, activation, dtype, seed=10 * shape + seed)
             actual = by_kernels(problem, SAVES[(shape + seed) % 2])
             worst.add(actual, run(eager, problem), run(eager, problem.map(Tensor.double)))
