@@ -27,6 +27,7 @@ from triton.runtime import JITFunction, driver
 ARCHS = tuple(device.TARGETS)
 CANDIDATE_ARCHS = (80, 86, 90)  # one for each size of shared memory
 AMD = ("gfx942",)
+MI300X = device.Target(80, 304, 65_536)  # the launchers choose as for an A100 with less shared memory
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -88,8 +89,7 @@ def compiling(arch: int | str, dtype: str) -> Iterator[list[Launch]]:
         return compiled
 
     driver.set_active(StandIn(arch))
-    # For AMD the launchers choose as for an A100: all that is shown there is that the kernels compile.
-    facts = device.TARGETS[arch if isinstance(arch, int) else 80]
+    facts = device.TARGETS[arch] if isinstance(arch, int) else MI300X
     torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
     with mock.patch.object(JITFunction, "run", run), device.assumed(facts):
         yield launched
