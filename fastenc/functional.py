@@ -228,13 +228,15 @@ def encoder(
         ValueError: an activation is unknown, or the lists differ in length.
         RuntimeError: as `torch.nn.functional.linear`, where shapes, dtypes or devices do not match.
     """
+    if not len(weights) == len(biases) == len(activations) > 0:
+        raise ValueError(
+            f"a stack needs as many weights as biases and activations, at least one; "
+            f"got {len(weights)}, {len(biases)} and {len(activations)}"
+        )
+    if dropouts is not None and len(dropouts) != len(weights):
+        raise ValueError(f"a stack of {len(weights)} layers needs as many dropouts, not {len(dropouts)}")
     drops = dropouts is not None and any(dropouts)
     dropouts = dropouts if dropouts is not None else (0.0,) * len(weights)
-    if not len(weights) == len(biases) == len(activations) == len(dropouts) > 0:
-        raise ValueError(
-            f"a stack needs as many weights as biases, activations and dropouts, at least one; "
-            f"got {len(weights)}, {len(biases)}, {len(activations)} and {len(dropouts)}"
-        )
     traced = _traced_by()
     if traced is None and not drops and not x.is_cuda and (operators := ops.everyday()):
         return operators.encoder.default(x, weights, biases, activation_codes(activations))

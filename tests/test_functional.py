@@ -238,6 +238,11 @@ def test_lists_of_different_lengths(path, counts):
         encoder(of(2, 3), weights, biases, names)
 
 
+def test_as_many_dropouts_as_layers(path):
+    with pytest.raises(ValueError, match="a stack of 2 layers needs as many dropouts, not 1"):
+        encoder(of(2, 3), [of(3, 3)] * 2, [None] * 2, ["relu"] * 2, [0.5])
+
+
 @pytest.mark.parametrize("wanted", [None, ("x",), ("weight0",), ("bias0",), ("weight0", "bias0"), ("weight1",)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_no_more_is_kept_for_the_gradients_than_eager_keeps(path, activation, wanted):
