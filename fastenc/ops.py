@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.library import Library
 
 from .activation import get_activation
-from .backends import BACKENDS, reference
+from .backends import BACKENDS, reference, rule
 
 CHOICES = ("auto", *BACKENDS)
 
@@ -95,6 +95,16 @@ def record() -> Iterator[list[Decision]]:
         yield records
     finally:
         _recorder.reset(token)
+
+
+@contextlib.contextmanager
+def as_if_captured() -> Iterator[None]:
+    """Choose backends meanwhile, in this thread, as within a CUDA graph: in the steps before one is recorded."""
+    token = rule.as_if_captured.set(True)
+    try:
+        yield
+    finally:
+        rule.as_if_captured.reset(token)
 
 
 @functools.cache

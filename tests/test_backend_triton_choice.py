@@ -104,6 +104,16 @@ def test_auto_chooses_by_the_rule(auto_on_this_device):
     assert triton.describe() in stack.reason
 
 
+def test_steps_before_a_recording_choose_as_the_recording_will(auto_on_this_device):
+    """In a CUDA graph the host costs nothing, and so a layer can be worth a kernel that it is not worth outside."""
+    x, weight = torch.ones(4096, 64, device=DEVICE), torch.ones(64, 64, device=DEVICE)
+    outside = chosen(x, weight)
+    with ops.as_if_captured():
+        inside = chosen(x, weight)
+    assert (outside.backend, inside.backend) == ("eager PyTorch", "triton")
+    assert chosen(x, weight) == outside
+
+
 def test_a_deep_stack_is_cut_into_kernels(auto_on_this_device):
     weights = [torch.eye(16, device=DEVICE)] * 11
     with ops.record() as decisions:

@@ -24,6 +24,7 @@ from whole_steps import (
     twins,
 )
 
+from fastenc.backends.rule import as_if_captured
 from fastenc.training import Callback
 from fastenc.training.graph import WARM_UP
 
@@ -43,6 +44,22 @@ def test_the_bits_of_ordinary_steps(optimizer):
     for ours, theirs in zip(whole.optimizer.state.values(), ordinary.optimizer.state.values(), strict=True):
         assert ours.keys() == theirs.keys()
         assert all(value is theirs[name] or torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_the_warm_up_launches_what_the_recording_will():
+    """Backends are chosen as within a CUDA graph, or the recording would have to compile kernels."""
+    seen: list[bool] = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen.append(as_if_captured.get())
+            return x
+
+    trainer = make_trainer(nn.Sequential(make_model(), Spy()))
+    fit(trainer, epochs=1)
+    assert_replayed(trainer, 6 - WARM_UP, 7)
+    # Then once while it is recorded, where CUDA itself tells, and in the smaller last batch.
+    assert seen[-WARM_UP - 2 :] == [*[True] * WARM_UP, False, False]
 
 
 def test_a_second_fit_goes_on():

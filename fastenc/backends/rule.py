@@ -10,9 +10,13 @@ What is assumed is in the constants. `fastenc tune` measures, and what it finds 
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
+
+# Whether to decide as within a CUDA graph: what goes into one is launched before, ordinarily, so that it is compiled.
+as_if_captured: ContextVar[bool] = ContextVar("fastenc_as_if_captured", default=False)
 
 # Microseconds.
 EAGER_OP = 5.0  # the host, for one operator of eager PyTorch and its share of autograd

@@ -157,7 +157,7 @@ def problem_of(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str],
         x.dtype,
         x.dtype != torch.float32 or kernels.precision(x.dtype) == "tf32",
         training,
-        kernels.tuning.capturing(x.device),
+        rule.as_if_captured.get() or kernels.tuning.capturing(x.device),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..ops import as_if_captured
 from .losses import LossFunction
 from .recordable import host_state, on_device, signature, why_not
 from .recorder import CudaRecorder
@@ -139,14 +140,18 @@ class WholeSteps:
             return take_step(model, [*model.parameters()], loss, optimizer, *self._batch(chosen))
 
     def _warm_up(self, model: nn.Module, loss: LossFunction, optimizer: Optimizer, chosen: Tensor) -> Tensor:
-        """An ordinary step, of which the last before recording is watched for what cannot be replayed."""
+        """An ordinary step, of which the last before recording is watched for what cannot be replayed.
+
+        It launches the kernels that the recording will: compiling one is not allowed there.
+        """
         self._warm += 1
         if self._warm < WARM_UP:
-            value = self._step_by_step(model, loss, optimizer, chosen)
+            with as_if_captured():
+                value = self._step_by_step(model, loss, optimizer, chosen)
         else:
             before = host_state(model)
             waits: list[str] = []
-            with self._recorder.watch(waits):
+            with self._recorder.watch(waits), as_if_captured():
                 value = self._step_by_step(model, loss, optimizer, chosen)
             if waits:
                 self._never = f"a step waits for the device: {waits[0]}"
