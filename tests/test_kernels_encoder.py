@@ -10,6 +10,7 @@ import interpreter  # first: it decides how kernels run
 import pytest
 import torch
 from accuracy import DTYPES, VIEWS, Problem, Worst, assert_same, draw, eager, run, small_integers
+from fastenc.kernels.activation import SAVES_PREACT
 from fastenc.kernels.encoder_backward import encoder_backward
 from fastenc.kernels.encoder_forward import encoder_forward
 from fastenc.kernels.encoder_plan import is_narrow, padded, sums_on_chip
@@ -215,6 +216,10 @@ def test_what_is_kept():
     for activation, outs, preacts in (("relu", [0, 3], []), ("gelu", [3], [4, 5, 6, 7])):
         results = encoder_forward(x, weights, [None] * 4, [activation] * 4, "needed")
         assert [i for i, result in enumerate(results) if result is not None] == outs + preacts
+
+
+def test_the_same_activations_save_what_comes_before_them():
+    assert SAVES_PREACT == {name for name, activation in ACTIVATIONS.items() if activation.saves_preact}
 
 
 def test_is_narrow():
