@@ -219,7 +219,7 @@ def test_what_is_kept():
 
 
 def test_the_same_activations_save_what_comes_before_them():
-    assert SAVES_PREACT == {name for name, activation in ACTIVATIONS.items() if activation.saves_preact}
+    assert {name for name, activation in ACTIVATIONS.items() if activation.saves_preact} == SAVES_PREACT
 
 
 def test_is_narrow():
