@@ -29,8 +29,8 @@ def forced():
         yield
 
 
-def problem_of(M: int, widths: tuple[int, ...]) -> Problem:
-    return draw(M, widths).map(lambda tensor: tensor.to(DEVICE))
+def problem_of(M: int, widths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Problem:
+    return draw(M, widths, dtype=dtype).map(lambda tensor: tensor.to(DEVICE))
 
 
 # Which kernels run, and when.
@@ -62,7 +62,7 @@ def test_launches(forced, widths, forward, backward):
 @pytest.mark.skipif(not interpreter.INTERPRETED, reason="launches are counted where kernels are interpreted")
 @in_each
 def test_frozen_layers_cost_nothing(forced, widths):
-    problem = problem_of(40, widths)
+    problem = problem_of(40, widths, torch.bfloat16)
     with launches() as names:
         run(fused, problem, [f"bias{len(widths) - 2}"])
     with launches() as all_names:

@@ -205,14 +205,14 @@ def test_launches():
         ((21, 20, 17, 12), [False] * 7, ()),
     ):
         with interpreter.watched() as launches:
-            by_kernels(draw(35, widths), mask=mask)
+            by_kernels(draw(35, widths, dtype=torch.bfloat16), mask=mask)
         assert tuple(launch.kernel for launch in launches) == ("encoder_forward_kernel", *expected)
 
 
 def test_what_is_kept():
     """Of a narrow stack the first and the last output; where derivatives are of pre-activations, those."""
-    x = torch.randn(20, 21, device=DEVICE)
-    weights = [torch.randn(n, k, device=DEVICE) for k, n in itertools.pairwise((21, 32, 20, 17, 12))]
+    x = torch.randn(20, 21, device=DEVICE, dtype=torch.bfloat16)
+    weights = [torch.randn(n, k, device=DEVICE, dtype=x.dtype) for k, n in itertools.pairwise((21, 32, 20, 17, 12))]
     for activation, outs, preacts in (("relu", [0, 3], []), ("gelu", [3], [4, 5, 6, 7])):
         results = encoder_forward(x, weights, [None] * 4, [activation] * 4, "needed")
         assert [i for i, result in enumerate(results) if result is not None] == outs + preacts
@@ -225,9 +225,10 @@ def test_the_same_activations_save_what_comes_before_them():
 def test_is_narrow():
     assert all(map(is_narrow, ((128, 64, 32, 16), (128,) * 7 + (5000,), (1, 1))))
     assert not any(map(is_narrow, ((129, 16), (16,), (16,) * 9, (16, 0))))
-    assert sums_on_chip((128, 64, 32, 16)) == [False, True, True, True]
-    assert sums_on_chip((120, 100, 18)) == [False, False, True]
-    assert sums_on_chip((16, 16, 150)) == [False, True, False]
+    assert sums_on_chip((128, 64, 32, 16), 2) == [False, True, True, True]
+    assert sums_on_chip((128, 64, 32, 16), 4) == [False] * 4
+    assert sums_on_chip((120, 100, 18), 2) == [False, False, True]
+    assert sums_on_chip((16, 16, 150), 2) == [False, True, False]
     assert [padded(width) for width in (1, 16, 17, 100, 784)] == [16, 16, 32, 128, 1024]
 
 

@@ -64,7 +64,8 @@ def encoder_backward(
     outs, saveds = _by_layer(results, activations)
 
     wide = ends_wide(widths)
-    sums_weight = [chip and wants for chip, wants in zip(sums_on_chip(widths), wants_weight, strict=True)]
+    on_chip = sums_on_chip(widths, x.dtype.itemsize)
+    sums_weight = [chip and wants for chip, wants in zip(on_chip, wants_weight, strict=True)]
     # A bias goes where its layer's weight gradient goes; alone, it is summed on chip.
     sums_bias = [
         wants_bias[i] and (sums_weight[i] or not wants_weight[i]) and not (wide and i == depth - 1)
@@ -200,7 +201,7 @@ def default_config(
     rows = max(default_rows(M, K, widths, dtype.itemsize, sums_weight), triton.cdiv(M, facts.processors))
     # One stage: nothing in the loop over the rows is worth loading ahead.
     if dtype.itemsize == 4:
-        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 255, "rows": rows}
+        return {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "rows": rows}
     return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 255, "rows": rows}
 
 

@@ -178,7 +178,7 @@ def encoder_forward(
             lambda: candidates(widths, x.dtype, facts),
             lambda candidate: encoder_forward(x, weights, biases, activations, save, dropouts, seed, int64, candidate),
         )
-    keeps = kept(save, widths, activations)
+    keeps = kept(save, widths, activations, x.dtype.itemsize)
     outs = [x.new_empty((M, width)) if out else None for width, (out, _) in zip(widths, keeps, strict=True)]
     preacts = [x.new_empty((M, width)) if preact else None for width, (_, preact) in zip(widths, keeps, strict=True)]
     if M > 0:
@@ -210,7 +210,7 @@ def default_config(dtype: torch.dtype) -> Config:
     """Eight warps: with four, some activations and unaligned rows take more registers than there are."""
     if dtype.itemsize == 4:
         block_k = 16 if precision(dtype) == "ieee" else 32
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3, "maxnreg": 255}
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 255}
 
 

@@ -11,7 +11,7 @@ from .activation import SAVES_PREACT
 WIDEST = 128  # of the layers between the first input and the last output
 DEEPEST = 8
 # The most elements of weight gradients that a program sums in registers: with more, compiled kernels spill.
-MOST_ON_CHIP = 11_000
+MOST_ON_CHIP = {2: 11_000, 4: 0}  # by the bytes of the dtype; fp32 operands take the room
 # The most columns of hidden outputs that the chain finds again and holds, for the same reason.
 MOST_HELD = 256
 
@@ -31,12 +31,12 @@ def ends_wide(widths: Sequence[int]) -> bool:
     return padded(widths[-1]) > WIDEST
 
 
-def sums_on_chip(widths: Sequence[int]) -> list[bool]:
+def sums_on_chip(widths: Sequence[int], itemsize: int) -> list[bool]:
     """Of each layer, whether the chain sums its weight gradient in registers.
 
     Never of the first layer, nor of a wide last one; of the others from the first on, as many as there is room for.
     """
-    left = MOST_ON_CHIP
+    left = MOST_ON_CHIP[itemsize]
     result = [False]
     for i in range(1, len(widths)):
         size = padded(widths[i]) * padded(widths[i - 1])
@@ -46,7 +46,7 @@ def sums_on_chip(widths: Sequence[int]) -> list[bool]:
     return result
 
 
-def kept(save: str, widths: Sequence[int], activations: Sequence[str]) -> list[tuple[bool, bool]]:
+def kept(save: str, widths: Sequence[int], activations: Sequence[str], itemsize: int) -> list[tuple[bool, bool]]:
     """Of each layer, whether the forward pass writes its output and its pre-activation to memory.
 
     save: "nothing" but the last output, "all", or "needed". That is: the first layer's output, from which the chain
@@ -58,7 +58,7 @@ def kept(save: str, widths: Sequence[int], activations: Sequence[str]) -> list[t
     last = depth - 1
     if save != "needed":
         return [(save == "all" or i == last, save == "all" and a in SAVES_PREACT) for i, a in enumerate(activations)]
-    on_chip = sums_on_chip(widths)
+    on_chip = sums_on_chip(widths, itemsize)
     finds_again = sum(map(padded, widths[:-1])) <= MOST_HELD and SAVES_PREACT.isdisjoint(activations)
     result = []
     for i, activation in enumerate(activations):
