@@ -138,7 +138,9 @@ def test_without_a_gpu_one_sentence_and_nothing_else(monkeypatch, capsys, tmp_pa
 def test_make_gpu_says_so_before_it_builds_anything(tmp_path):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 6\n")  # as where there is a driver and no GPU
     (tmp_path / "nvidia-smi").chmod(0o755)
-    variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    of_a_make_around_this = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    variables = {name: value for name, value in os.environ.items() if name not in of_a_make_around_this}
+    variables["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     command = ["make", "gpu", f"VENV={tmp_path / 'venv'}"]
     done = subprocess.run(command, cwd=on_gpu.ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode != 0
