@@ -167,6 +167,27 @@ def products(ttir: str) -> dict[str, Any]:
     return {"products": sorted(shapes), "products_in_a_loop": max(inside.values(), default=0)}
 
 
+def check_parameters(compiled: CompiledKernel) -> None:
+    """The machine code must take the arguments that Triton's launcher hands on: tuples flat, nothing for constants.
+
+    After them come two scratch buffers of Triton's own.
+    """
+    signature = list(_flat(compiled.src.signature.values()))
+    if any(type.startswith("tensordesc") for type in signature):
+        return  # handed on in several pieces
+    handed = ["u32" if type == "i32" else "u64" for type in signature if type != "constexpr"]
+    taken = re.findall(r"\.param \.(\w+)", re.search(r"\.entry [^(]*\(([^)]*)\)", compiled.asm["ptx"])[1])
+    assert taken == [*handed, "u64", "u64"], f"{compiled.metadata.name} takes {taken}, and {handed} are handed on"
+
+
+def _flat(types: Iterable[Any]) -> Iterator[str]:
+    for type in types:
+        if isinstance(type, (tuple, list)):
+            yield from _flat(type)
+        else:
+            yield type
+
+
 def resources(compiled: CompiledKernel) -> dict[str, Any]:
     """What ptxas made of it.
 
@@ -178,6 +199,7 @@ def resources(compiled: CompiledKernel) -> dict[str, Any]:
         file.flush()
         command = [CUOBJDUMP, "-res-usage", "-sass", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    check_parameters(compiled)
     opcodes = count_opcodes(listing)
     unfinished = re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", compiled.asm["ptx"])
     return {
