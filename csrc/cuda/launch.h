@@ -1,5 +1,5 @@
-// What the CUDA kernels do, as plain functions on raw pointers: no torch. Each is in the .cuh file of its name, compiled
-// by nvcc for GPUs and, over csrc/simt, by a C++ compiler for tests.
+// What the CUDA kernels do, as plain functions on raw pointers: no torch. Each is in the .cuh file of its name,
+// compiled by nvcc for GPUs and, over csrc/simt, by a C++ compiler for tests.
 //
 // M rows, K in features, N out features. All sums are fp32, in a fixed order; one rounding, at the store.
 #pragma once
@@ -21,6 +21,13 @@ constexpr int64_t item_size(Arithmetic arithmetic) {
 using Stream = void*;  // cudaStream_t
 using Status = int;    // cudaError_t: 0 is success
 
+// A launch: one dimension of blocks, of threads in a block, and the shared memory of a block.
+struct Geometry {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes;
+};
+
 // A matrix of any strides, in elements, of any sign or zero.
 struct Matrix {
   const void* data;
@@ -28,8 +35,8 @@ struct Matrix {
   int64_t col_stride;
 };
 
-constexpr int64_t kDeepest = 8;     // layers in one kernel
-constexpr int64_t kWidest = 128;    // outputs of a layer that a block holds; only the last of a stack may have more
+constexpr int64_t kDeepest = 8;   // layers in one kernel
+constexpr int64_t kWidest = 128;  // outputs of a layer that a block holds; only the last of a stack may have more
 
 // out [M, N] = activation(x [M, K] @ weight [N, K]^T + bias [N]).
 struct DenseForward {

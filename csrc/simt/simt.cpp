@@ -235,8 +235,10 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, std::function<void()> ke
   s.count = block.x * block.y * block.z;
   if (s.count == 0 || s.count % kWarp || s.count > 1024)
     throw Fault("a block has " + std::to_string(s.count) + " threads; it needs whole warps, at most 1024 threads");
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) throw Fault("a grid is too large, or empty");
-  if (shared_bytes > kMostShared) throw Fault("a block asks for " + std::to_string(shared_bytes) + " bytes of shared memory");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+    throw Fault("a grid is too large, or empty");
+  if (shared_bytes > kMostShared)
+    throw Fault("a block asks for " + std::to_string(shared_bytes) + " bytes of shared memory");
   record_launch(grid, block, shared_bytes);
   s.kernel = std::move(kernel);
   s.fault.clear();
@@ -247,7 +249,8 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, std::function<void()> ke
   if (s.schedule.order != Order::kForward)
     for (uint64_t i = blocks.size(); i > 1; --i) std::swap(blocks[i - 1], blocks[next_random() % i]);
   for (const uint64_t block_number : blocks) {
-    s.block_index = {static_cast<unsigned>(block_number % grid.x), static_cast<unsigned>(block_number / grid.x % grid.y),
+    s.block_index = {static_cast<unsigned>(block_number % grid.x),
+                     static_cast<unsigned>(block_number / grid.x % grid.y),
                      static_cast<unsigned>(block_number / grid.x / grid.y)};
     // For each block anew, of just this size: what lies behind it is another's.
     std::free(s.shared);

@@ -1,10 +1,10 @@
 // Runs CUDA kernels on a CPU, to find their mistakes: not for speed.
 //
 // Each GPU thread is a fiber. A block runs to its end on one thread of the system, its fibers switched only where they
-// meet: at barriers and at what a warp does together. The order between meetings is a schedule to choose; a right kernel
-// gives the same bits under all of them. Shared memory starts as NaN. Asynchronous copies land as late, or as early, as
-// the PTX manual allows. Under AddressSanitizer and ThreadSanitizer the fibers are made known to them; only barriers
-// order memory, so that ThreadSanitizer sees races within a block.
+// meet: at barriers and at what a warp does together. The order between meetings is a schedule to choose; a right
+// kernel gives the same bits under all of them. Shared memory starts as NaN. Asynchronous copies land as late, or as
+// early, as the PTX manual allows. Under AddressSanitizer and ThreadSanitizer the fibers are made known to them; only
+// barriers order memory, so that ThreadSanitizer sees races within a block.
 //
 // A kernel's misuse of the machine (a barrier that not all reach, a misaligned address) is a Fault.
 #pragma once
@@ -29,8 +29,8 @@ struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Which fiber runs next: in the order of their numbers, against it, at random; or one warp as far ahead of the others as
-// barriers allow.
+// Which fiber runs next: in the order of their numbers, against it, at random; or one warp as far ahead of the others
+// as barriers allow.
 enum class Order { kForward, kReverse, kRandom, kGreedy };
 
 struct Schedule {
