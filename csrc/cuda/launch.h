@@ -65,19 +65,22 @@ struct PreactGradient {
 int64_t workspace_bytes(const PreactGradient& args);
 Status preact_gradient(const PreactGradient& args, Stream stream);
 
-// The gradients of a dense layer from dZ: grad_x [M, K] = dZ @ weight, grad_weight [N, K] = dZ^T @ x.
-struct DenseGradients {
+// The backward pass of DenseForward for any N; of a narrow layer encoder_backward makes it in fewer launches.
+struct DenseBackward {
   Arithmetic arithmetic;
   int64_t M, N, K;
-  Matrix grad_preact;  // dZ [M, N]
-  Matrix x;            // read for grad_weight
-  Matrix weight;       // read for grad_x
-  void* grad_x;        // contiguous, or null: not wanted
-  void* grad_weight;   // contiguous, or null: not wanted
-  void* workspace;     // of workspace_bytes(args), 16-byte aligned
+  Matrix grad_out;  // [M, N]
+  Matrix x;         // read for grad_weight
+  Matrix weight;    // read for grad_x
+  Matrix saved;     // as in PreactGradient
+  ActivationKind activation;
+  void* grad_x;       // [M, K] contiguous, or null: not wanted
+  void* grad_weight;  // [N, K] contiguous, or null
+  void* grad_bias;    // [N], or null
+  void* workspace;    // of workspace_bytes(args), 16-byte aligned
 };
-int64_t workspace_bytes(const DenseGradients& args);
-Status dense_gradients(const DenseGradients& args, Stream stream);
+int64_t workspace_bytes(const DenseBackward& args);
+Status dense_backward(const DenseBackward& args, Stream stream);
 
 // One layer of a stack; `out` and `preact` are as in DenseForward.
 struct StackLayer {
@@ -117,6 +120,33 @@ struct EncoderBackward {
 };
 int64_t workspace_bytes(const EncoderBackward& args);
 Status encoder_backward(const EncoderBackward& args, Stream stream);
+
+// Parts that others are made of.
+
+// dZ^T @ x in weight_parts(M, N, K) partial sums over disjoint rows: [parts][N, K] fp32.
+struct WeightPartials {
+  Arithmetic arithmetic;
+  int64_t M, N, K;
+  Matrix grad_preact;  // dZ [M, N]
+  Matrix x;            // [M, K]
+  float* partials;
+};
+int64_t weight_parts(int64_t M, int64_t N, int64_t K);  // of the shape alone, so that all GPUs give the same bits
+Status weight_partials(const WeightPartials& args, Stream stream);
+
+// out[i] = partials[i] + partials[stride + i] + ..., `parts` of them in this order, in fp32; rounded once.
+struct PartialSums {
+  const float* partials;
+  int64_t parts, stride;
+  void* out;
+  int64_t count;
+};
+struct Reduce {
+  Arithmetic arithmetic;
+  int64_t sums;
+  PartialSums sum[2 * kDeepest];
+};
+Status reduce(const Reduce& args, Stream stream);
 
 // Whether the encoder functions take a stack with these outputs: [depth] of N.
 inline bool is_narrow(const int64_t* widths, int64_t depth) {

@@ -8,7 +8,7 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
 extern "C" {
 void* __tsan_create_fiber(unsigned flags);
 void __tsan_destroy_fiber(void* fiber);
@@ -65,13 +65,13 @@ Fiber::Fiber() {
   void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stack of a fiber");
   stack_ = static_cast<char*>(memory);
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   tsan_ = __tsan_create_fiber(0);
 #endif
 }
 
 Fiber::~Fiber() {
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   __tsan_destroy_fiber(tsan_);
 #endif
   munmap(stack_, kStackBytes);
@@ -98,7 +98,7 @@ void Fiber::enter() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&beginning.fake_stack, stack_, kStackBytes);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   beginning.tsan = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(tsan_, 1);  // 1: without an edge, as only barriers order threads
 #endif
@@ -116,7 +116,7 @@ void Fiber::leave([[maybe_unused]] bool for_good) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack_, beginning.bottom, beginning.size);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   __tsan_switch_to_fiber(beginning.tsan, 1);
 #endif
 #if defined(__x86_64__)
@@ -136,7 +136,7 @@ void Fiber::begin() {
 }
 
 void Fiber::synchronize() {
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   void* here = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(tsan_, 0);
   __tsan_switch_to_fiber(here, 0);

@@ -8,7 +8,7 @@
 
 #include "fiber.h"
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
 extern "C" {
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
@@ -64,20 +64,20 @@ struct State {
 };
 
 State& state() {
-  static State s;
+  static State& s = *new State;  // never destroyed: ThreadSanitizer looks at fibers that end
   return s;
 }
 
 Thread& current() { return *state().threads[state().current]; }
 
 void acquire([[maybe_unused]] void* key) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   __tsan_acquire(key);
 #endif
 }
 
 void release([[maybe_unused]] void* key) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   __tsan_release(key);
 #endif
 }
@@ -104,7 +104,7 @@ void thread_entry() {
     Quiet quiet;
     return std::exchange(current().quiet_at_end, true);
   }();
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   if (was_quiet) {
     AnnotateIgnoreWritesEnd("", 0);
     AnnotateIgnoreReadsEnd("", 0);
@@ -210,14 +210,14 @@ void carry_out(const Copy& copy) {
 }  // namespace
 
 Quiet::Quiet() {
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   AnnotateIgnoreReadsBegin("", 0);
   AnnotateIgnoreWritesBegin("", 0);
 #endif
 }
 
 Quiet::~Quiet() {
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_THREAD_SANITIZER)
   AnnotateIgnoreWritesEnd("", 0);
   AnnotateIgnoreReadsEnd("", 0);
 #endif
