@@ -82,8 +82,10 @@ FASTENC_DEVICE void copy_tile(T* tile, int tile_leading, int tile_rows, int tile
   constexpr int kEach = kBytes / static_cast<int>(sizeof(T));
   const int per_row = tile_cols / kEach;
   for (int i = index; i < tile_rows * per_row; i += kThreads) {
-    // Eight lanes that write together write to eight rows, which lie in different banks.
-    const int r = i / (8 * per_row) * 8 + i % 8, c = i / 8 % per_row * kEach;
+    // Eight lanes that write together write to different banks: those of a long row, or of eight rows.
+    const bool along = per_row % 8 == 0;
+    const int r = along ? i / per_row : i / (8 * per_row) * 8 + i % 8;
+    const int c = (along ? i % per_row : i / 8 % per_row) * kEach;
     const int64_t left = source.cols + PLANTED(LoadColumnTooFar) - col - c;
     const bool inside = row + r < source.rows + PLANTED(LoadRowTooFar) && left > 0;
     const int count = !inside ? 0 : left < kEach ? static_cast<int>(left) : kEach;
