@@ -29,6 +29,12 @@ void fill_zero(Tensor& tensor) { zero_(tensor); }
 
 }  // namespace torch::stable
 
+namespace fastenc {
+
+PyObject* build_info(PyObject* self, PyObject* none);  // build_info.cpp
+
+}  // namespace fastenc
+
 namespace {
 
 using torch::stable::Tensor;
@@ -122,9 +128,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastenc_cpu, CompositeExplicitAutograd, m) {
   m.impl("brgemm_gflops", TORCH_BOX(&brgemm_gflops));
 }
 
-// Importing fastenc._C only registers the operators.
+// Importing fastenc._C registers the operators.
 PyMODINIT_FUNC PyInit__C() {
+  static PyMethodDef methods[] = {
+      {"build_info", fastenc::build_info, METH_NOARGS, "How the extensions were built: a dict of str."},
+      {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

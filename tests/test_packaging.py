@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from building import EAGER, ROOT, build, copy_sources
 from setuptools.config.pyprojecttoml import load_file
 
@@ -58,7 +60,8 @@ def test_sdist_holds_what_builds_and_tests_it(dist):
     (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for pattern in ("csrc/**/*.h", "csrc/**/*.cpp", "fastenc/**/*.py", "kernels/**/*.py", "tests/**/*.py"):
+    ends = {"csrc": ("h", "cpp", "cuh", "cu"), "fastenc": ("py",), "kernels": ("py",), "tests": ("py", "cpp", "json")}
+    for pattern in (f"{folder}/**/*.{end}" for folder in ends for end in ends[folder]):
         files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)}
         assert files, pattern
         assert files <= names
@@ -69,11 +72,14 @@ def test_sdist_holds_what_builds_and_tests_it(dist):
 def test_wheel_holds_the_packages_and_the_libraries_and_nothing_else(wheel):
     installed = {name for name in wheel.namelist() if not name.startswith(f"fastenc-{VERSION}.dist-info/")}
     expected = {"fastenc/py.typed", "fastenc/_C.abi3.so", f"fastenc/{EAGER}.abi3.so"}
+    if torch.version.cuda:
+        expected.add("fastenc/_C_cuda.abi3.so")
     for package, folder in packages().items():
         expected |= {f"{package.replace('.', '/')}/{path.name}" for path in folder.glob("*.py")}
     assert installed == expected
     assert "fastenc/kernels/__init__.py" in installed
-    assert wheel.read("fastenc/_C.abi3.so").startswith(b"\x7fELF")  # built, not the stale file in the checkout
+    for name in filter(lambda name: name.endswith(".so"), installed):
+        assert wheel.read(name).startswith(b"\x7fELF")  # built, not the stale file in the checkout
 
 
 def test_wheel_tags(wheel):
@@ -105,9 +111,20 @@ def needs(library: Path) -> set[str]:
     return {line.split()[1].partition("@")[0] for line in lines.splitlines()}
 
 
-def test_kernels_need_nothing_that_may_change_with_torch_or_python():
-    symbols = needs(Path(importlib.util.find_spec("fastenc._C").origin))
-    assert {name for name in symbols if name.startswith(("Py", "_Py"))} == {"PyModule_Create2"}  # of the limited API
+# Of the limited API, as Python 3.10 has it.
+LIMITED = {"PyModule_Create2", "PyDict_New", "PyDict_SetItemString", "PyUnicode_FromString", "_Py_Dealloc"}
+
+
+def built() -> list[str]:
+    """The libraries that are to be there: what _C says was built with it."""
+    return ["_C", "_C_cuda"] if "cuda" in importlib.import_module("fastenc._C").build_info() else ["_C"]
+
+
+@pytest.mark.parametrize("name", built())
+def test_kernels_need_nothing_that_may_change_with_torch_or_python(name):
+    symbols = needs(Path(importlib.util.find_spec(f"fastenc.{name}").origin))
+    assert {name for name in symbols if name.startswith(("Py", "_Py"))} <= LIMITED
+    assert "PyModule_Create2" in symbols
     assert not {name for name in symbols if re.match(r"_ZN?K?(N2at|N3c10|N5torch)", name)}
     assert "torch_library_impl" in symbols  # torch's C functions: the stable ABI
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
-from building import EAGER, ROOT, build, copy_sources, python, said, unpack
+from building import EAGER, ROOT, build, copy_sources, make_toolkit, python, said, unpack
+from setuptools import Extension
+from torch.utils import cpp_extension
 
 GIGABYTE = 1e9
 
@@ -25,6 +28,7 @@ def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CXX", "c++")
     monkeypatch.setenv("MAX_JOBS", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")  # setup.py's own choice ends here, too
 
 
 @pytest.mark.parametrize(
@@ -45,37 +49,61 @@ def test_free_memory(setup, monkeypatch):
 
 
 def test_max_jobs_of_the_user_counts(setup, in_root):
-    setup["extension_arguments"]("auto")
+    setup["extension_arguments"]("auto", "0")
     assert os.environ["MAX_JOBS"] == "1"
 
 
-def test_a_visible_gpu_changes_nothing(setup, in_root, monkeypatch):
+@pytest.fixture
+def toolkits(in_root, monkeypatch, tmp_path):
+    """A torch with CUDA 13.0, and a function that prefers a toolkit of a release, or takes all away."""
+
+    def prefer(release: str | None) -> Path:
+        home = tmp_path / f"cuda-{release}"
+        monkeypatch.setenv("CUDA_HOME", str(make_toolkit(home, release) if release else home))
+        return home
+
+    monkeypatch.setattr(torch, "__version__", "2.14.0+cu130")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setenv("PATH", os.pathsep.join(path for path in os.get_exec_path() if not Path(path, "nvcc").exists()))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(()))  # those in /usr/local and pip's
+    return prefer
+
+
+def test_a_visible_gpu_changes_nothing(setup, toolkits, monkeypatch):
+    toolkits("13.0")
+
     def described():
-        arguments = setup["extension_arguments"]("auto")
+        arguments = setup["extension_arguments"]("auto", "auto")
         return [(ext.name, ext.sources, ext.extra_compile_args, ext.libraries) for ext in arguments["ext_modules"]]
 
     without = described()
     for name, answer in {"is_available": True, "device_count": 8, "get_device_capability": (9, 0)}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
     assert described() == without
-    assert [name for name, *_ in without] == ["fastenc._C", f"fastenc.{EAGER}"]
+    assert [name for name, *_ in without] == ["fastenc._C", "fastenc._eager_2_14_0_cu130", "fastenc._C_cuda"]
 
 
 def test_extension_0(setup, in_root, capsys):
-    assert setup["extension_arguments"]("0") == {}
+    assert setup["extension_arguments"]("0", "1") == {}
     assert capsys.readouterr().err == "fastenc: no extension built, as FASTENC_EXTENSION=0 asks\n"
 
 
-def test_extension_that_is_neither_0_nor_1(setup):
+def test_what_is_neither_0_nor_1(setup):
     with pytest.raises(SystemExit, match="FASTENC_EXTENSION is 'yes'; set it to 0 or 1"):
-        setup["extension_arguments"]("yes")
+        setup["extension_arguments"]("yes", "auto")
+    with pytest.raises(SystemExit, match="FASTENC_CUDA is '12'; set it to 0 or 1"):
+        setup["extension_arguments"]("auto", "12")
 
 
 @pytest.mark.parametrize("command", ["no-such-compiler", "no-such-compiler -pthread"])
 def test_extension_1_without_a_compiler(setup, in_root, monkeypatch, command):
     monkeypatch.setenv("CXX", command)
     with pytest.raises(SystemExit, match="FASTENC_EXTENSION=1, but there is no C\\+\\+ compiler"):
-        setup["extension_arguments"]("1")
+        setup["extension_arguments"]("1", "auto")
+    with pytest.raises(SystemExit, match="FASTENC_CUDA=1, but there is no C\\+\\+ compiler"):
+        setup["extension_arguments"]("auto", "1")
 
 
 def test_compilers_are_tried_in_turn(setup, monkeypatch, tmp_path):
@@ -85,6 +113,83 @@ def test_compilers_are_tried_in_turn(setup, monkeypatch, tmp_path):
     for name in ("clang++", "g++", "c++"):
         (tmp_path / name).touch(mode=0o755)
         assert setup["find_compiler"]() == name
+
+
+def cuda_part(arguments: dict) -> Extension | None:
+    return next((ext for ext in arguments["ext_modules"] if ext.name == "fastenc._C_cuda"), None)
+
+
+def test_cuda_archs_by_default_are_those_that_nvcc_knows(setup, toolkits):
+    assert setup["default_archs"]("sm_75 sm_80 sm_86 sm_87 sm_89 sm_90 sm_100 sm_103 sm_120") == (
+        "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+    )
+    home = toolkits("13.0")
+    extension = cuda_part(setup["extension_arguments"]("auto", "auto"))
+    assert extension.facts["cuda_archs"] == os.environ["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0+PTX"  # the toolkit's
+    assert extension.facts["cuda"] == "13.0.7"
+    assert str(home) == cpp_extension.CUDA_HOME
+
+
+def test_cuda_archs_of_the_user_count(setup, toolkits, monkeypatch):
+    toolkits("13.0")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")
+    extension = cuda_part(setup["extension_arguments"]("auto", "auto"))
+    assert extension.facts["cuda_archs"] == os.environ["TORCH_CUDA_ARCH_LIST"] == "8.9"
+
+
+def test_cuda_of_another_major_version(setup, toolkits, capsys):
+    toolkits("12.8")
+    reason = (
+        "nvcc is of CUDA 12.8.7 and torch 2.14.0+cu130 of CUDA 13.0; install the CUDA 13 toolkit, "
+        "or a torch with CUDA 12 and fastenc by pip install --no-build-isolation"
+    )
+    assert not cuda_part(setup["extension_arguments"]("auto", "auto"))
+    assert capsys.readouterr().err == f"fastenc: no CUDA kernels built: {reason}\n"
+    with pytest.raises(SystemExit) as stopped:
+        setup["extension_arguments"]("auto", "1")
+    assert str(stopped.value) == f"fastenc: FASTENC_CUDA=1, but {reason}"
+
+
+def test_no_nvcc(setup, toolkits, capsys, monkeypatch):
+    toolkits(None)
+    assert not cuda_part(setup["extension_arguments"]("1", "auto"))
+    assert capsys.readouterr().err == (
+        "fastenc: no CUDA kernels built: there is no nvcc; install the CUDA 13 toolkit, or set CUDA_HOME\n"
+    )
+    with pytest.raises(SystemExit, match="FASTENC_CUDA=1, but there is no nvcc"):
+        setup["extension_arguments"]("auto", "1")
+    monkeypatch.setattr(torch.version, "cuda", None)  # nothing to say about CUDA there
+    assert not cuda_part(setup["extension_arguments"]("auto", "auto"))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit, match="FASTENC_CUDA=1, but torch has no CUDA"):
+        setup["extension_arguments"]("auto", "1")
+
+
+def test_cuda_0(setup, toolkits, capsys):
+    toolkits("13.0")
+    assert not cuda_part(setup["extension_arguments"]("1", "0"))
+    assert capsys.readouterr().err == "fastenc: no CUDA kernels built: FASTENC_CUDA=0 asks for that\n"
+
+
+def test_the_toolkit_that_fits_is_taken_from_behind_a_script(setup, toolkits, monkeypatch, tmp_path):
+    toolkits("12.8")
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {make_toolkit(tmp_path / "other", "13.2")}/bin/nvcc "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
+    assert [version for _, version in setup["find_toolkits"]()] == ["12.8.7", "13.2.7"]
+    setup["extension_arguments"]("auto", "auto")
+    assert str(tmp_path / "other") == cpp_extension.CUDA_HOME
+
+
+def test_cuda_jobs(setup, toolkits, monkeypatch):
+    toolkits("13.0")
+    files = len(glob.glob("csrc/cuda/*.cu"))
+    for jobs, threads in {1: 1, 2 * files: 2, 5 * files - 1: 4}.items():  # all architectures of a file at once
+        monkeypatch.setenv("MAX_JOBS", str(jobs))
+        extension = cuda_part(setup["extension_arguments"]("auto", "auto"))
+        assert f"--threads={threads}" in extension.extra_compile_args["nvcc"]
 
 
 USE = """
@@ -130,7 +235,7 @@ def test_what_does_not_compile_is_left_out_with_a_reason(tmp_path):
     stale.touch()
     command = ("setup.py", "--quiet", "build_ext", "--inplace")
 
-    built, left_out = said(build(folder, *command, REFUSED="eager.cpp"))
+    built, left_out = said(build(folder, *command, REFUSED="eager.cpp", FASTENC_CUDA="0"))[-2:]
     assert built.startswith("fastenc: built with ")
     assert built.endswith(": the CPU kernels (for torch 2.13 and newer)")
     assert f"left out: their autograd in C++ (for torch {torch.__version__}" in left_out
@@ -145,3 +250,30 @@ def test_what_does_not_compile_is_left_out_with_a_reason(tmp_path):
     assert "the CPU kernels" in sentence
     assert f"for torch {torch.__version__}" in sentence
     assert stale.read_bytes().startswith(b"\x7fELF")
+
+
+@pytest.mark.skipif(not torch.version.cuda, reason="torch has no CUDA")
+def test_cuda_kernels_that_do_not_compile_are_left_out_with_a_reason(tmp_path):
+    folder = copy_sources(tmp_path / "checkout")
+    library = folder / "fastenc" / "_C_cuda.abi3.so"
+    command = ("setup.py", "--quiet", "build_ext", "--inplace")
+
+    built, left_out = said(build(folder, *command, REFUSED="dense_forward.cu"))
+    assert "the CPU kernels" in built
+    assert "CUDA" not in built
+    assert left_out.startswith("fastenc: left out: the CUDA kernels (for torch with CUDA ")
+    assert left_out.endswith("; on GPUs, Triton or eager PyTorch takes their place")
+    assert not library.exists()
+
+    for variable in ("FASTENC_CUDA", "FASTENC_EXTENSION"):
+        with pytest.raises(AssertionError, match="this source is refused"):
+            build(folder, *command, REFUSED="dense_forward.cu", **{variable: "1"})
+
+    (built,) = said(build(folder, *command, TORCH_CUDA_ARCH_LIST="9.0"))
+    assert "the CUDA kernels (for torch with CUDA 13, on GPUs 9.0)" in built
+    assert library.read_bytes().startswith(b"\x7fELF")
+
+    asked, built = said(build(folder, *command, FASTENC_CUDA="0"))
+    assert asked == "fastenc: no CUDA kernels built: FASTENC_CUDA=0 asks for that"
+    assert "CUDA" not in built
+    assert not library.exists()  # of another build than the rest
