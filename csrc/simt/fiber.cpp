@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if defined(SIMT_THREAD_SANITIZER)
@@ -79,6 +80,9 @@ Fiber::~Fiber() {
 
 void Fiber::start(void (*entry)()) {
   fake_stack_ = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack_, kStackBytes);  // of frames that a fault left behind
+#endif
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(stack_ + kStackBytes);
   *--top = nullptr;  // as if entry() were called: its stack is 8 bytes off a multiple of 16
