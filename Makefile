@@ -13,31 +13,36 @@ ENV_PYTHON := $(VENV)/bin/python
 PIP := PATH="$(abspath $(VENV)/bin):$$PATH" $(ENV_PYTHON) -m pip --disable-pip-version-check --quiet
 BUILD := build/$(notdir $(VENV))
 TORCH_STAMP := $(VENV)/stamp-$(subst /,_,$(subst $() ,_,$(TORCH)))
-CXX_FILES := $(sort $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp))
-FORMATTED := $(CXX_FILES) $(wildcard tests/native/*.cpp)
+CXX_FILES := $(sort $(foreach end,h cpp cuh cu,$(wildcard csrc/*.$(end) csrc/*/*.$(end))))
+FORMATTED := $(CXX_FILES) $(wildcard tests/native/*.cpp tests/native/*.h)
 
-.PHONY: help demo test test-smoke bench gpu gpu-there resources lint format clean
+.PHONY: help demo test test-full test-smoke bench gpu gpu-there resources lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         train an encoder on handwritten digits; pictures and figures go to out/digits"
 	@echo "make test         run the tests; some of them: make test ARGS='tests/test_modules.py -k bias'"
+	@echo "make test-full    the same and the longest sweeps under sanitizers"
 	@echo "make test-smoke   run the few tests that tell whether an installation works"
 	@echo "make bench        compare with eager PyTorch: tens of minutes; a look: make bench ARGS=--quick"
 	@echo "make gpu          on a machine with a GPU: tests, benchmark, compute-sanitizer; the report goes to out/gpu"
-	@echo "make resources    compile the Triton kernels for every GPU and write down what they need: tests/gpu/resources.json"
+	@echo "make resources    compile the GPU kernels for every GPU and write down what they need: tests/gpu/*resources.json"
 	@echo "make lint         ruff, clang-format, mypy"
 	@echo "make format       let ruff and clang-format change the files"
 	@echo "make clean        remove what was built; an environment is removed by rm -r $(VENV)"
 	@echo
 	@echo "VENV=.venv-cpu TORCH='torch==2.13.0'   another environment, with another torch"
 	@echo "PYTHON=python3.12                      the Python that makes the environment"
+	@echo "FASTENC_CUDA=0, TORCH_CUDA_ARCH_LIST=8.0   compile no CUDA kernels, or for one GPU: minutes less; see setup.py"
 
 demo: $(BUILD)/built
 	$(ENV_PYTHON) examples/digits.py $(ARGS)
 
 test: $(BUILD)/built $(VENV)/stamp-test
 	$(ENV_PYTHON) -m pytest $(ARGS)
+
+test-full: $(BUILD)/built $(VENV)/stamp-test
+	$(ENV_PYTHON) -m pytest -m "" $(ARGS)
 
 test-smoke: $(BUILD)/built $(VENV)/stamp-test
 	$(ENV_PYTHON) -m pytest tests/test_smoke.py $(ARGS)
@@ -51,8 +56,9 @@ gpu: gpu-there $(BUILD)/built $(VENV)/stamp-test
 gpu-there:
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "fastenc: nvidia-smi finds no GPU here, and make gpu is for machines with one; without a GPU there is make test" >&2; exit 1; }
 
-resources: $(VENV)/stamp-app
+resources: $(BUILD)/built
 	$(ENV_PYTHON) tests/gpu/compile.py --write
+	$(ENV_PYTHON) tests/gpu/cuda_resources.py --write
 
 lint: $(VENV)/stamp-lint
 	$(VENV)/bin/ruff check .
@@ -92,7 +98,8 @@ $(VENV)/stamp-%: pyproject.toml $(TORCH_STAMP)
 
 $(BUILD)/built: setup.py pyproject.toml $(CXX_FILES) $(VENV)/stamp-app
 	@mkdir -p $(BUILD)
-	@echo "fastenc: compiling the C++ extension; a minute or two, the compiler's output is in $(BUILD)/log"
+	@echo "fastenc: compiling the C++ extension, a minute or two, and where nvcc is the CUDA kernels, up to five more; the compilers' output is in $(BUILD)/log"
+	@rm -f build/*/built # of other environments: the libraries in fastenc/ are those of the last
 	@PATH="$(abspath $(VENV)/bin):$$PATH" $(ENV_PYTHON) setup.py --quiet build_ext --inplace --build-temp $(BUILD) >$(BUILD)/log 2>&1 || { tail -n 40 $(BUILD)/log; exit 1; }
 	@grep "^fastenc: " $(BUILD)/log
 	@if ls fastenc/_C.* >/dev/null 2>&1; then touch "$@"; else echo "fastenc: going on without it, on eager PyTorch"; fi

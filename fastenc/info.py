@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from . import __version__
-from .backends import BACKENDS, triton
+from .backends import BACKENDS, cpu, triton
 
 
 def triton_version() -> str:
@@ -36,6 +36,18 @@ def usability(backend: ModuleType) -> str:
     if reason := backend.why_unavailable():
         return f"not usable: {reason}"
     return f"usable: {backend.describe()}" if hasattr(backend, "describe") else "usable"
+
+
+def build() -> list[tuple[str, str]]:
+    """How the extensions were compiled."""
+    if cpu.why_unavailable():
+        return [("build", "no extension")]
+    info = importlib.import_module("fastenc._C").build_info()
+    commit = f", commit {info['commit']}" if "commit" in info else ""
+    facts = [("build", f"{info['cxx']} {info['cxx_version']}, torch {info['torch']}{commit}; {info['cxx_flags']}")]
+    if "cuda" in info:
+        return [*facts, ("build, CUDA", f"nvcc {info['cuda']} for {info['cuda_archs']}; {info['cuda_flags']}")]
+    return [*facts, ("build, CUDA", "none")]
 
 
 def first_line(error: BaseException) -> str:
@@ -78,6 +90,7 @@ def describe() -> str:
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {built_with}"),
         ("triton", triton_version()),
+        *build(),
         ("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"),
     ]
     facts += [(f"GPU {index}", line) for index, line in enumerate(gpus())] or [("GPU", "none that PyTorch can use")]

@@ -16,6 +16,7 @@ from building import EAGER, ROOT, build, copy_sources
 from setuptools.config.pyprojecttoml import load_file
 
 import fastenc
+import fastenc.info
 
 PROJECT = load_file(ROOT / "pyproject.toml")
 VERSION = PROJECT["project"]["version"]
@@ -115,12 +116,19 @@ def needs(library: Path) -> set[str]:
 LIMITED = {"PyModule_Create2", "PyDict_New", "PyDict_SetItemString", "PyUnicode_FromString", "_Py_Dealloc"}
 
 
-def built() -> list[str]:
-    """The libraries that are to be there: what _C says was built with it."""
-    return ["_C", "_C_cuda"] if "cuda" in importlib.import_module("fastenc._C").build_info() else ["_C"]
+BUILD = importlib.import_module("fastenc._C").build_info()
 
 
-@pytest.mark.parametrize("name", built())
+def test_build_info():
+    assert {"cxx", "cxx_version", "cxx_flags", "torch"} <= set(BUILD)
+    assert "-std=c++20" in BUILD["cxx_flags"]
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", BUILD.get("commit", "0123456789ab"))
+    assert set(BUILD) & {"cuda", "cuda_archs", "cuda_flags"} in (set(), {"cuda", "cuda_archs", "cuda_flags"})
+    text = fastenc.info.describe()
+    assert all(value in text for value in BUILD.values())
+
+
+@pytest.mark.parametrize("name", ["_C", "_C_cuda"] if "cuda" in BUILD else ["_C"])
 def test_kernels_need_nothing_that_may_change_with_torch_or_python(name):
     symbols = needs(Path(importlib.util.find_spec(f"fastenc.{name}").origin))
     assert {name for name in symbols if name.startswith(("Py", "_Py"))} <= LIMITED

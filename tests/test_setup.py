@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import runpy
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -190,6 +192,38 @@ def test_cuda_jobs(setup, toolkits, monkeypatch):
         monkeypatch.setenv("MAX_JOBS", str(jobs))
         extension = cuda_part(setup["extension_arguments"]("auto", "auto"))
         assert f"--threads={threads}" in extension.extra_compile_args["nvcc"]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
+def test_the_commit_is_that_of_this_tree(setup, monkeypatch, tmp_path):
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        return subprocess.run(["git", *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    assert setup["commit"]() is None
+    Path("file").touch()
+    Path("sdist").mkdir()
+    git("init", "--quiet")
+    git("add", "file")
+    git("commit", "--quiet", "--message", "one")
+    head = git("rev-parse", "HEAD")
+    assert setup["commit"]() == head[:12]
+    Path("file").write_text("changed")
+    assert setup["commit"]() == head[:12] + "-dirty"
+    monkeypatch.chdir(tmp_path / "sdist")  # unpacked in somebody's checkout
+    assert setup["commit"]() is None
+
+
+def test_what_stays_the_same_is_not_written_again(setup, tmp_path):
+    path = tmp_path / "folder" / "build_info.inc"
+    setup["write_if_new"](path, "one")
+    os.utime(path, (0, 0))
+    setup["write_if_new"](path, "one")
+    assert path.stat().st_mtime == 0
+    setup["write_if_new"](path, "two")
+    assert path.read_text() == "two"
+    assert path.stat().st_mtime > 0
 
 
 USE = """
