@@ -28,11 +28,13 @@ ARITHMETICS = ("ieee", "tf32", "half", "bfloat16")  # in the order of csrc/cuda/
 ORDERS = ("forward", "reverse", "random", "greedy")  # of csrc/simt/simt.h
 STRIDES = ("contiguous", "transposed", "expanded", "scalar", "misaligned", "padded", "strided", "reversed")
 
+EMULATOR = [ROOT / "csrc/simt" / name for name in ("fiber.cpp", "simt.cpp", "traffic.cpp")]  # knows no torch
 COMMON = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}")
 FLAGS = {
     "plain": ("-O2",),
     "address": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "thread": ("-O1", "-g1", "-fsanitize=thread", "-Wno-tsan", "-DSIMT_THREAD_SANITIZER"),
+    "library": ("-O2", "-fPIC", "-shared"),
 }
 SANITIZERS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # what a faulting kernel leaves on its fibers
@@ -122,19 +124,27 @@ def what_ended(words: str) -> str:
 @functools.cache
 def program(kind: str) -> Path:
     """The program, compiled if its sources are not those of the last time."""
+    sources = [
+        *sorted((ROOT / "tests/native").glob("cuda_*.cpp")),
+        *(path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if path.name != "ops.cu"),
+    ]
+    return linked(kind, "cuda_kernels", sources)
+
+
+def library(name: str, sources: Sequence[Path]) -> Path:
+    """These sources over the emulator, to be loaded by ctypes."""
+    return linked("library", name, sources)
+
+
+def linked(kind: str, name: str, sources: Sequence[Path]) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not compiler or not compiles(compiler, kind):
         pytest.skip(f"there is no C++ compiler for the {kind} build")
-    sources = [
-        *sorted((ROOT / "tests/native").glob("cuda_*.cpp")),
-        *(ROOT / "csrc/simt" / name for name in ("fiber.cpp", "simt.cpp", "traffic.cpp")),
-        *sorted(path for path in (ROOT / "csrc/cuda").glob("*.cu") if path.name != "ops.cu"),
-    ]
     (BUILT / kind).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda source: compiled(compiler, kind, source), sources))
-    names = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
-    return made(BUILT / kind / f"cuda_kernels-{names}", [compiler, *FLAGS[kind], *objects])
+        objects = list(pool.map(lambda source: compiled(compiler, kind, source), [*sources, *EMULATOR]))
+    known = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
+    return made(BUILT / kind / f"{name}-{known}", [compiler, *FLAGS[kind], *objects])
 
 
 def compiles(compiler: str, kind: str) -> bool:
