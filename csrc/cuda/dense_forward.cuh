@@ -1,6 +1,7 @@
 // One dense layer, forward.
 #pragma once
 
+#include "pack.cuh"
 #include "product.cuh"
 
 namespace fastenc::cuda {
@@ -8,56 +9,71 @@ namespace fastenc::cuda {
 // Whether large tiles make enough blocks to fill a GPU.
 constexpr bool wants_large_tiles(int64_t M, int64_t N) { return count_tiles<LargeTile>(M, N) >= kMultiprocessors; }
 
-template <class T, class Tile>
-constexpr int kOutLeading = leading<T>(Tile::kCols, Sum::kOuter);
-
 // x       [M, K]  fp32 | fp16 | bf16, any strides
-// weight  [N, K]  dtype of x, any strides; kSumWeight is kOuter where it is contiguous as [K, N]
+// weight  [N, K]  dtype of x, any strides; kSumWeight is kOuter where its columns are contiguous
 // out     [M, N]  dtype of x, contiguous; preact likewise, or null
-// grid    ceil(M / kRows) * ceil(N / kCols) blocks; one owns a tile of out, neighbours share rows of x
-// shared  as Product, then the rounded tile on its way out
-template <Arithmetic kArithmetic, class Tile>
-FASTENC_KERNEL(Tile::kThreads)
+// grid    ceil(M / kRows) * ceil(N / kCols) blocks; one owns a tile of out
+// shared  as Product
+//
+// The sums leave the registers before the rest is done, so that they make room for it: a thread takes four columns of a
+// row at a time through the bias and the activation.
+template <Arithmetic kArithmetic, class Tile, Sum kSumWeight>
+FASTENC_KERNEL(Tile::kThreads, Tile::kBlocks)
 dense_forward_kernel(const DenseForward args) {
   using T = Number<kArithmetic>;
-  constexpr int kLeading = kOutLeading<T, Tile>;
-  const int64_t tiles_n = divide_up(args.N, Tile::kCols);
-  const int64_t row = block() / tiles_n * Tile::kRows, col = block() % tiles_n * Tile::kCols;
-  const Source<T> x(args.x, args.M, args.K), weight(args.weight, args.N, args.K);
-  using ForwardProduct = Product<kArithmetic, Tile, Sum::kInner, Sum::kInner>;
-
-  typename Tile::Fragments acc = {};
-  ForwardProduct::multiply_tiles(acc, x, row, weight, col, 0, divide_up(args.K, ForwardProduct::kStep));
-
-  T* tile = reinterpret_cast<T*>(shared_memory());
-  const T* bias = static_cast<const T*>(args.bias);
-  if (bias)
-    for_each(acc, [&](int, int c, float& z) {
-      const int64_t n = col + Tile::warp_col() + c;
-      if (n < args.N + PLANTED(BiasTooFar)) z += to_float(load_global(bias + n));
-    });
-
-  const auto store = [&](void* to) {
-    put(tile + Tile::warp_row() * kLeading + Tile::warp_col(), kLeading, acc);
-    if (!PLANTED(NoBarrierBeforeStore)) sync_block();
-    store_tile<Tile::kThreads>(static_cast<T*>(to) + row * args.N + col, args.N, args.M - row, args.N - col, tile,
-                               kLeading, Tile::kRows, Tile::kCols, thread());
-  };
-  if (args.preact) {
-    store(args.preact);
-    if (!PLANTED(NoBarrierBeforeOverwrite)) sync_block();
+  using ForwardProduct = Product<kArithmetic, Tile, Sum::kInner, kSumWeight>;
+  const TilePlace place = place_tile<Tile>(args.M, args.N);
+  {
+    const Matrix weight_t = {args.weight.data, args.weight.col_stride, args.weight.row_stride};
+    const Source<T> x(args.x, args.M, args.K);
+    const Source<T> weight =
+        kSumWeight == Sum::kInner ? Source<T>(args.weight, args.N, args.K) : Source<T>(weight_t, args.K, args.N);
+    ForwardProduct::multiply_tiles(x, place.row, weight, place.col, 0, divide_up(args.K, ForwardProduct::kStep));
   }
-  with_activation(args.activation, [&](auto activation) {
-    for_each(acc, [&](int, int, float& z) { z = decltype(activation)::forward(z); });
-  });
-  store(args.out);
+
+  constexpr int kEach = 4, kAcross = Tile::kCols / kEach;
+  const float* const tile = reinterpret_cast<const float*>(shared_memory());
+  const T* const bias = static_cast<const T*>(args.bias);
+  const auto allows_packs = [](const void* data, int64_t stride) {
+    return access_bytes<T>(data, stride, 1) >= static_cast<int>(sizeof(Pack<T, kEach>));
+  };
+  const bool packed = allows_packs(args.out, args.N) && allows_packs(args.preact, args.N);
+  const bool bias_packed = packed && allows_packs(args.bias, 0);
+  const int apart = packed ? 1 : kAcross;
+  const int c = thread() % kAcross * (packed ? kEach : 1);
+  const int64_t col = place.col + c;
+  const int count = count_inside<kEach>(col, args.N, apart);
+  float shift[kEach] = {};
+  if (bias) load_numbers(shift, bias + col, apart, count + PLANTED(BiasTooFar), bias_packed);
+
+#pragma unroll 1
+  for (int r = thread() / kAcross; r < Tile::kRows; r += Tile::kThreads / kAcross) {
+    if (place.row + r >= args.M + PLANTED(OutRowTooFar)) break;
+    float z[kEach];
+    if (packed) {
+      const Pack<float, kEach> pack =
+          load_shared(reinterpret_cast<const Pack<float, kEach>*>(tile + r * ForwardProduct::kOutLeading + c));
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) z[e] = pack.numbers[e];
+    } else {
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) z[e] = load_shared(tile + r * ForwardProduct::kOutLeading + c + e * apart);
+    }
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) z[e] += shift[e];
+    const int64_t offset = (place.row + r) * args.N + col;
+    if (args.preact) store_numbers(static_cast<T*>(args.preact) + offset, z, apart, count, packed);
+    with_activation(args.activation, [&](auto activation) {
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) z[e] = decltype(activation)::forward(z[e]);
+    });
+    store_numbers(static_cast<T*>(args.out) + offset, z, apart, count, packed);
+  }
 }
 
-template <Arithmetic kArithmetic, class Tile>
+template <Arithmetic kArithmetic, class Tile, Sum kSumWeight>
 constexpr Geometry dense_forward_geometry(int64_t M, int64_t N) {
-  return {count_tiles<Tile>(M, N), Tile::kThreads,
-          Product<kArithmetic, Tile, Sum::kInner, Sum::kInner>::shared_bytes(kOutLeading<Number<kArithmetic>, Tile>,
-                                                                             sizeof(Number<kArithmetic>))};
+  return {count_tiles<Tile>(M, N), Tile::kThreads, Product<kArithmetic, Tile, Sum::kInner, kSumWeight>::kSharedBytes};
 }
 
 }  // namespace fastenc::cuda

@@ -15,7 +15,8 @@
 //   multiply_add<T>(d, a, b)            mma.m16n8k16, T = Half or BFloat16
 //   multiply_add_tf32(d, a, b)          mma.m16n8k8; to_tf32(x) rounds a float for it
 //   launch<kernel>(geometry, stream, args...)
-//   FASTENC_KERNEL(threads), FASTENC_DEVICE
+//   FASTENC_KERNEL(threads), FASTENC_KERNEL(threads, blocks): registers for that many blocks on a multiprocessor
+//   FASTENC_DEVICE
 //   PLANTED(name)                       a mistake made on purpose in tests; false on a GPU
 #pragma once
 

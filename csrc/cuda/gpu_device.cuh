@@ -10,7 +10,7 @@
 
 #include "launch.h"
 
-#define FASTENC_KERNEL(threads) __global__ void __launch_bounds__(threads)
+#define FASTENC_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define FASTENC_DEVICE __device__ __forceinline__
 #define PLANTED(name) false
 

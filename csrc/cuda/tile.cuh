@@ -39,6 +39,8 @@ auto with_arithmetic(Arithmetic arithmetic, Function&& function) {
   }
 }
 
+constexpr int64_t kMultiprocessors = 128;  // about as many as an A100 or H100 has
+
 enum class Sum { kInner, kOuter };
 
 // The elements from one row of a tile to the next. width is a multiple of 16. Rows are 16 bytes longer, an odd number
@@ -76,21 +78,28 @@ struct Source {
         bytes(access_bytes<T>(matrix.data, matrix.row_stride, matrix.col_stride)) {}
 };
 
+// How many of `most` numbers from `first` on lie before `end`.
+FASTENC_DEVICE int count_left(int64_t first, int64_t end, int most) {
+  return end - first < most ? static_cast<int>(end - first) : most;
+}
+
 template <int kBytes, int kThreads, class T>
 FASTENC_DEVICE void copy_tile(T* tile, int tile_leading, int tile_rows, int tile_cols, const Source<T>& source,
                               int64_t row, int64_t col, int index) {
   constexpr int kEach = kBytes / static_cast<int>(sizeof(T));
   const int per_row = tile_cols / kEach;
+  const int rows = count_left(row, source.rows + PLANTED(LoadRowTooFar), tile_rows);
+  const int cols = count_left(col, source.cols + PLANTED(LoadColumnTooFar), tile_cols);
+  const T* const from = source.data + row * source.row_stride + col;
+  // Few copies of the kernel's code, and of addresses in registers: only the usual ones are unrolled.
+#pragma unroll(kBytes == 16 ? 2 : 1)
   for (int i = index; i < tile_rows * per_row; i += kThreads) {
     // Eight lanes that write together write to different banks: those of a long row, or of eight rows.
     const bool along = per_row % 8 == 0;
     const int r = along ? i / per_row : i / (8 * per_row) * 8 + i % 8;
     const int c = (along ? i % per_row : i / 8 % per_row) * kEach;
-    const int64_t left = source.cols + PLANTED(LoadColumnTooFar) - col - c;
-    const bool inside = row + r < source.rows + PLANTED(LoadRowTooFar) && left > 0;
-    const int count = !inside ? 0 : left < kEach ? static_cast<int>(left) : kEach;
-    copy_async<kBytes>(tile + r * tile_leading + c,
-                       inside ? source.data + (row + r) * source.row_stride + col + c : source.data,
+    const int count = r >= rows || c >= cols ? 0 : cols - c < kEach ? cols - c : kEach;
+    copy_async<kBytes>(tile + r * tile_leading + c, count > 0 ? from + r * source.row_stride + c : source.data,
                        count * static_cast<int>(sizeof(T)));
   }
 }
@@ -109,12 +118,14 @@ FASTENC_DEVICE void load_tile(T* tile, int tile_leading, int tile_rows, int tile
     return copy_tile<4, kThreads>(tile, tile_leading, tile_rows, tile_cols, source, row, col, index);
   // By elements, neighbours in memory by neighbouring threads.
   const bool down = source.row_stride == 1;
+  const int rows = count_left(row, source.rows + PLANTED(LoadRowTooFar), tile_rows);
+  const int cols = count_left(col, source.cols + PLANTED(LoadColumnTooFar), tile_cols);
+#pragma unroll 1
   for (int i = index; i < tile_rows * tile_cols; i += kThreads) {
     const int r = down ? i % tile_rows : i / tile_cols, c = down ? i / tile_rows : i % tile_cols;
-    const bool inside =
-        row + r < source.rows + PLANTED(LoadRowTooFar) && col + c < source.cols + PLANTED(LoadColumnTooFar);
     T value = from_float<T>(0.0f);
-    if (inside) value = load_global(source.data + (row + r) * source.row_stride + (col + c) * source.col_stride);
+    if (r < rows && c < cols)
+      value = load_global(source.data + (row + r) * source.row_stride + (col + c) * source.col_stride);
     store_shared(tile + r * tile_leading + c, value);
   }
 }
@@ -164,19 +175,19 @@ FASTENC_DEVICE float element(const float* tile, int tile_leading, int i, int k) 
   return load_shared(kSum == Sum::kInner ? tile + i * tile_leading + k : tile + k * tile_leading + i);
 }
 
-// Four numbers along the index that is summed over.
+// Two numbers along the index that is summed over.
 template <Sum kSum>
-FASTENC_DEVICE void load_four(float (&out)[4], const float* tile, int tile_leading, int i, int k) {
-  struct alignas(16) Four {
-    float values[4];
+FASTENC_DEVICE void load_two(float (&out)[2], const float* tile, int tile_leading, int i, int k) {
+  struct alignas(8) Two {
+    float values[2];
   };
   if constexpr (kSum == Sum::kInner) {
-    const Four four = load_shared(reinterpret_cast<const Four*>(tile + i * tile_leading + k));
-#pragma unroll
-    for (int step = 0; step < 4; ++step) out[step] = four.values[step];
+    const Two two = load_shared(reinterpret_cast<const Two*>(tile + i * tile_leading + k));
+    out[0] = two.values[0];
+    out[1] = two.values[1];
   } else {
-#pragma unroll
-    for (int step = 0; step < 4; ++step) out[step] = load_shared(tile + (k + step) * tile_leading + i);
+    out[0] = load_shared(tile + k * tile_leading + i);
+    out[1] = load_shared(tile + (k + 1) * tile_leading + i);
   }
 }
 
@@ -223,21 +234,20 @@ FASTENC_DEVICE void multiply(float (&acc)[kMT][kNT][4], const Number<kArithmetic
       }
     }
   } else {
-    for (int k = 0; k < depth; k += 4) {
-      float left[kMT][2][4];
+    for (int k = 0; k < depth; k += 2) {
+      float left[kMT][2][2];
 #pragma unroll
       for (int i = 0; i < kMT; ++i)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          load_four<kSumA>(left[i][half], a, leading_a, 16 * i + group + 8 * half, k);
+        for (int half = 0; half < 2; ++half) load_two<kSumA>(left[i][half], a, leading_a, 16 * i + group + 8 * half, k);
 #pragma unroll
       for (int j = 0; j < kNT; ++j) {
         if (8 * j >= columns) continue;
-        float right[2][4];
+        float right[2][2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) load_four<kSumB>(right[half], b, leading_b, 8 * j + 2 * quad + half, k);
+        for (int half = 0; half < 2; ++half) load_two<kSumB>(right[half], b, leading_b, 8 * j + 2 * quad + half, k);
 #pragma unroll
-        for (int step = 0; step < 4; ++step)
+        for (int step = 0; step < 2; ++step)
 #pragma unroll
           for (int i = 0; i < kMT; ++i)
 #pragma unroll
@@ -281,19 +291,18 @@ FASTENC_DEVICE void put(T* tile, int tile_leading, const float (&acc)[kMT][kNT][
 // blocks; all copies have landed and all threads are through when it returns.
 template <int kStages, class Load, class Use>
 FASTENC_DEVICE void pipeline(int64_t steps, Load&& load, Use&& use) {
-  for (int64_t step = 0; step < kStages - 1; ++step) {
-    if (step < steps) load(step, static_cast<int>(step));
-    commit_copies();
-  }
-  for (int64_t step = 0; step < steps; ++step) {
-    // This step's copies have landed, and everyone is through with the stage that is loaded next.
-    if (PLANTED(EarlyWait)) wait_copies<kStages - 1>();
-    if (!PLANTED(MissingWait) && !PLANTED(EarlyWait)) wait_copies<kStages - 2>();
-    if (!PLANTED(NoBarrierBeforeUse)) sync_block();
-    const int64_t next = step + kStages - 1;
+#pragma unroll 1
+  for (int64_t next = 0; next < steps + kStages - 1; ++next) {
+    const int64_t step = next - (kStages - 1);
+    if (step >= 0) {
+      // This step's copies have landed, and everyone is through with the stage that is loaded next.
+      if (PLANTED(EarlyWait)) wait_copies<kStages - 1>();
+      if (!PLANTED(MissingWait) && !PLANTED(EarlyWait)) wait_copies<kStages - 2>();
+      if (!PLANTED(NoBarrierBeforeUse)) sync_block();
+    }
     if (next < steps) load(next, static_cast<int>(next % kStages));
     commit_copies();
-    use(step, static_cast<int>(step % kStages));
+    if (step >= 0) use(step, static_cast<int>(step % kStages));
   }
   wait_copies<0>();
   sync_block();

@@ -18,7 +18,6 @@ constexpr int64_t weight_part_rows(int64_t M, int64_t N, int64_t K) {
 
 template <Arithmetic kArithmetic>
 using WeightProduct = Product<kArithmetic, SmallTile, Sum::kOuter, Sum::kOuter>;
-constexpr int kWeightLeading = leading<float>(SmallTile::kCols, Sum::kOuter);
 
 // grad_preact  [M, N]  fp32 | fp16 | bf16, any strides
 // x            [M, K]  dtype of grad_preact, any strides
@@ -26,9 +25,9 @@ constexpr int kWeightLeading = leading<float>(SmallTile::kCols, Sum::kOuter);
 // grid         parts * ceil(N / kRows) * ceil(K / kCols) blocks; one owns a tile of one part's sums, neighbours read
 // the
 //              same rows
-// shared       as Product, then the tile in fp32 on its way out
+// shared       as Product
 template <Arithmetic kArithmetic>
-FASTENC_KERNEL(SmallTile::kThreads)
+FASTENC_KERNEL(SmallTile::kThreads, SmallTile::kBlocks)
 weight_partials_kernel(const WeightPartials args, const int64_t part_rows) {
   using T = Number<kArithmetic>;
   using Tile = SmallTile;
@@ -40,20 +39,16 @@ weight_partials_kernel(const WeightPartials args, const int64_t part_rows) {
   const int64_t rows = left < part_rows ? left : part_rows;
   const Source<T> grad_preact(args.grad_preact, args.M, args.N), x(args.x, args.M, args.K);
 
-  typename Tile::Fragments acc = {};
-  WeightProduct::multiply_tiles(acc, grad_preact, n, x, k, begin,
+  WeightProduct::multiply_tiles(grad_preact, n, x, k, begin,
                                 divide_up(rows, WeightProduct::kStep) + PLANTED(WeightPartialsOneStepTooMany));
-  float* sums = reinterpret_cast<float*>(shared_memory());
-  put(sums + Tile::warp_row() * kWeightLeading + Tile::warp_col(), kWeightLeading, acc);
-  sync_block();
-  store_tile<Tile::kThreads>(args.partials + (part * args.N + n) * args.K + k, args.K, args.N - n, args.K - k, sums,
-                             kWeightLeading, Tile::kRows, Tile::kCols, thread());
+  store_tile<Tile::kThreads>(args.partials + (part * args.N + n) * args.K + k, args.K, args.N - n, args.K - k,
+                             reinterpret_cast<const float*>(shared_memory()), WeightProduct::kOutLeading, Tile::kRows,
+                             Tile::kCols, thread());
 }
 
 template <Arithmetic kArithmetic>
 constexpr Geometry weight_partials_geometry(int64_t parts, int64_t N, int64_t K) {
-  return {parts * count_tiles<SmallTile>(N, K), SmallTile::kThreads,
-          WeightProduct<kArithmetic>::shared_bytes(kWeightLeading, sizeof(float))};
+  return {parts * count_tiles<SmallTile>(N, K), SmallTile::kThreads, WeightProduct<kArithmetic>::kSharedBytes};
 }
 
 }  // namespace fastenc::cuda

@@ -10,7 +10,7 @@
 #include "../cuda/launch.h"
 #include "simt.h"
 
-#define FASTENC_KERNEL(threads) void
+#define FASTENC_KERNEL(...) void
 #define FASTENC_DEVICE inline
 
 namespace fastenc::cuda {

@@ -1,0 +1,53 @@
+// Numbers of a row that one thread works on, in fp32: kEach neighbours, which it reads and writes at once where memory
+// allows that, or else numbers that are `apart` from each other, so that neighbouring threads have neighbouring
+// numbers.
+#pragma once
+
+#include "tile.cuh"
+
+namespace fastenc::cuda {
+
+template <class T, int kEach>
+struct alignas(kEach * sizeof(T)) Pack {
+  T numbers[kEach];
+};
+
+// The first `count` of the numbers from `from` on, and 0 for the others; `packed`: at once, count is 0 or kEach.
+template <int kEach, class T>
+FASTENC_DEVICE void load_numbers(float (&out)[kEach], const T* from, int64_t apart, int count, bool packed) {
+  using Numbers = Pack<T, kEach>;
+  if (packed) {
+    Numbers pack = {};
+    if (count > 0) pack = load_global(reinterpret_cast<const Numbers*>(from));
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) out[e] = to_float(pack.numbers[e]);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) out[e] = e < count ? to_float(load_global(from + e * apart)) : 0.0f;
+  }
+}
+
+// The reverse, rounded.
+template <int kEach, class T>
+FASTENC_DEVICE void store_numbers(T* to, const float (&values)[kEach], int64_t apart, int count, bool packed) {
+  using Numbers = Pack<T, kEach>;
+  if (packed) {
+    Numbers pack;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) pack.numbers[e] = from_float<T>(values[e]);
+    if (count > 0) store_global(reinterpret_cast<Numbers*>(to), pack);
+  } else {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e)
+      if (e < count + PLANTED(PackColumnTooFar)) store_global(to + e * apart, from_float<T>(values[e]));
+  }
+}
+
+// How many of the numbers from a column on, `apart` from each other, lie before column `cols`.
+template <int kEach>
+FASTENC_DEVICE int count_inside(int64_t col, int64_t cols, int apart) {
+  const int64_t left = cols - col;
+  return left <= 0 ? 0 : left > int64_t{kEach - 1} * apart ? kEach : static_cast<int>(divide_up(left, apart));
+}
+
+}  // namespace fastenc::cuda
