@@ -218,8 +218,9 @@ def encoder(
         weights: of each layer, `[N_i, N_(i-1)]`, with `N_(-1) = K`.
         biases: of each layer, `[N_i]` or None.
         activations: of each layer, a name.
-        dropouts: of each layer's output, the probability with which a value is dropped; None for no dropout. On a GPU
-            it is part of the kernels, with random numbers of their own, seeded by PyTorch's generator of the device.
+        dropouts: of each layer's output, the probability with which a value is dropped; None for no dropout. It is
+            part of Triton's kernels, with random numbers of their own, seeded by PyTorch's generator of the device; on
+            other backends the layers run one by one, with PyTorch's dropout between them.
 
     Returns:
         `[..., N_last]`.
@@ -266,8 +267,8 @@ def encoder(
     for activation in activations:
         get_activation(activation)
     first = _first_with_gradient(x, weights, biases)
-    backend = ops.select(rows, weights, biases, activations, first < len(weights))
-    if backend is None or (drops and not hasattr(backend, "encoder_train")):
+    backend = ops.select(rows, weights, biases, activations, first < len(weights), drops)
+    if backend is None:
         return _layer_by_layer(x, weights, biases, activations, dropouts)
     out = _run_stack(rows, weights, biases, activations, dropouts, backend, first)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weights[-1].shape[0])

@@ -68,7 +68,9 @@ def tuned() -> list[tuple[str, str]]:
     return [("tuning cache", f"{STORE.path}: {counts}")] + [
         (
             "tuned",
-            f"{entry['of']}: {entry['backend']} (triton {entry['triton_us']:.4g} us, eager {entry['eager_us']:.4g})",
+            f"{entry['of']}: {entry['backend']} ("
+            + ", ".join(f"{key.removesuffix('_us')} {entry[key]:.4g} us" for key in sorted(entry) if key[-3:] == "_us")
+            + ")",
         )
         for entry in choices
     ]

@@ -62,8 +62,9 @@ class Decision(NamedTuple):
 
 
 class use_backend:  # noqa: N801 - used as a function and in a with statement
-    """Run the fused layers on `name`: "auto" (each where it is fastest), "cpu", "triton" or "reference" (ATen).
+    """Run the fused layers on `name`: "auto" (each where it is fastest), "cpu", "cuda", "triton" or "reference".
 
+    "cuda" and "triton" are our kernels for GPUs, in C++ and in Triton; "reference" is ATen, on any device.
     `use_backend("reference")` holds from here on, in this thread; `with use_backend("reference"):` for the block.
     A forced backend that cannot take some arguments is not used for them (`explain` says why).
 
@@ -125,19 +126,23 @@ def select(
     biases: Sequence[Tensor | None],
     activations: Sequence[str],
     training: bool,
+    drops: bool = False,
 ) -> ModuleType | None:
     """The backend to run these layers on; None for plain eager PyTorch. x is [M, K].
 
-    training: whether gradients follow. On a GPU this is on the path of every call: what it costs, each layer pays.
+    training: whether gradients follow; drops: whether dropout is to be part of it. On a GPU this is on the path of
+    every call: what it costs, each layer pays.
     """
     forced = _forced.get()
     candidates = _ON_DEVICE.get(x.device.type, []) if forced == "auto" else [BACKENDS[forced]]
-    reasons = []
+    reasons, unavailable = [], []
     for backend in candidates:
         reason = _why_not(backend, x, weights, biases)
         if reason is not None:
-            if forced == "auto" and (unavailable := backend.why_unavailable()):
-                _warn_once(unavailable)
+            if forced == "auto" and (lacks := backend.why_unavailable()):
+                unavailable.append(lacks)
+        elif drops and not hasattr(backend, "encoder_train"):
+            reason = "its kernels have no dropout, so that the layers run one by one"
         elif forced != "auto":
             return _decide(x, weights, biases, activations, backend, "asked for")
         elif not hasattr(backend, "verdict"):
@@ -147,6 +152,8 @@ def select(
             if chosen:
                 return _decide(x, weights, biases, activations, backend, reason)
         reasons.append(f"{backend.NAME}: {reason}")
+    if unavailable and len(unavailable) == len(candidates):
+        _warn_once("; ".join(unavailable))
     reason = "; ".join(reasons) or f"there are no kernels for tensors on {x.device}"
     return _decide(x, weights, biases, activations, None, reason)
 

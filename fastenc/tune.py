@@ -1,4 +1,4 @@
-"""tune(): measure the Triton kernels on the user's own shapes, and keep what is fastest in the cache on disk."""
+"""tune(): measure the GPU backends on the user's own shapes, and keep what is fastest in the cache on disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .activation import get_activation
-from .backends import triton
+from .backends import BACKENDS, choice, triton
 from .explain import explain
 from .functional import encoder
 
@@ -64,16 +64,15 @@ class Timers(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A step of some layers, measured on both sides."""
+    """A step of some layers, measured on all sides."""
 
     problem: str  # for people
-    triton_us: float
-    eager_us: float
+    microseconds: dict[str, float]  # by "eager" and the names of backends
 
     @property
-    def ratio(self) -> float:
-        """How many times as long eager PyTorch takes."""
-        return self.eager_us / self.triton_us
+    def choice(self) -> str:
+        """The fastest; of equals, the first."""
+        return min(self.microseconds, key=self.microseconds.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,13 @@ class Tuning:
 
     def __str__(self) -> str:
         width = max((len(comparison.problem) for comparison in self.comparisons), default=0)
-        lines = [f"{'':{width}}  triton us   eager us  ratio  choice"] * bool(self.comparisons)
-        for problem, ours, eagers in self.comparisons:
-            choice = "triton" if ours < eagers else "eager"
-            lines.append(f"{problem:{width}} {ours:10.1f} {eagers:10.1f} {eagers / ours:6.2f}  {choice}")
+        lines = []
+        for comparison in self.comparisons[:1]:
+            sides = "".join(f"{name + ' us':>11}" for name in comparison.microseconds)
+            lines.append(f"{'':{width}}{sides}  choice")
+        for comparison in self.comparisons:
+            times = "".join(f"{time:11.1f}" for time in comparison.microseconds.values())
+            lines.append(f"{comparison.problem:{width}}{times}  {comparison.choice}")
         lines += [f"not measured: {reason}" for reason in self.skipped]
         if self.unwritten:
             lines.append(f"kept for this process only, as the cache cannot be written: {self.unwritten}")
@@ -99,10 +101,10 @@ class Tuning:
 def tune(model: nn.Module, x: Tensor, timers: Timers = Timers()) -> Tuning:  # noqa: B008 - a tuple
     """Measure the fused layers of a model on x's shape, dtype and GPU, and keep the choices.
 
-    For each layer or stack that `model(x)` runs: first the configurations of its kernels, forward and backward, then
-    the kernels against eager PyTorch, in inference and in training, by themselves and in a CUDA graph. From then on
-    `auto` chooses what was faster, here and in later processes, for as many rows up to the next power of two. This
-    takes from seconds to a few minutes for each layer. The model is left as it was.
+    For each layer or stack that `model(x)` runs: first the configurations of Triton's kernels, forward and backward,
+    then eager PyTorch and every GPU backend that is usable here, in inference and in training, by themselves and in a
+    CUDA graph. From then on `auto` chooses what was fastest, here and in later processes, for as many rows up to the
+    next power of two. This takes from seconds to a few minutes for each layer. The model is left as it was.
 
     Args:
         model: any module, on a GPU, with FusedDense layers or fastenc's models in it.
@@ -130,14 +132,15 @@ def tune_stack(decision: ops.Decision, device: torch.device, timers: Timers) -> 
     with ops.use_backend("triton"), triton.tuning().searching(timers.launch) as search:
         for training in (False, True):
             step.run(encoder, training)
+    measured = [name for name in choice.KERNELS if BACKENDS[name].why_unavailable() is None]
     comparisons = []
     for timer, captured in ((timers.plain, False), (timers.captured, True)):
         for training in (False, True):
-            problem = triton.problem_of(step.x, step.weights, decision.activations, training)
+            problem = choice.problem_of(step.x, step.weights, decision.activations, training)
             problem = problem._replace(captured=captured)
-            ours, eagers = step.compare(timer, training)
-            unwritten = triton.choose(problem, device, ours, eagers) or unwritten
-            comparisons.append(Comparison(str(problem), ours, eagers))
+            microseconds = step.compare(timer, training, measured)
+            unwritten = choice.choose(problem, device, microseconds) or unwritten
+            comparisons.append(Comparison(str(problem), microseconds))
     return Tuning(tuple(comparisons), (), search.unwritten or unwritten)
 
 
@@ -169,14 +172,15 @@ class _Step:
             if training:
                 torch.autograd.grad(out, self.leaves, self.grad_out)
 
-    def compare(self, timer: Timer, training: bool) -> tuple[float, float]:
-        """Microseconds of the kernels, and of eager PyTorch."""
-        times: list[tuple[float, float]] = []
-        with ops.use_backend("triton"):
-            for _ in range(ROUNDS):
-                times.append((timer(lambda: self.run(encoder, training)), timer(lambda: self.run(_eager, training))))
-        ours, eagers = (1000 * statistics.median(side) for side in zip(*times, strict=True))
-        return ours, eagers
+    def compare(self, timer: Timer, training: bool, backends: Sequence[str]) -> dict[str, float]:
+        """Microseconds of eager PyTorch and of each backend."""
+        times: dict[str, list[float]] = {name: [] for name in ("eager", *backends)}
+        for _ in range(ROUNDS):
+            times["eager"].append(timer(lambda: self.run(_eager, training)))
+            for name in backends:
+                with ops.use_backend(name):
+                    times[name].append(timer(lambda: self.run(encoder, training)))
+        return {name: 1000 * statistics.median(samples) for name, samples in times.items()}
 
 
 def _eager(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], names: Sequence[str]) -> Tensor:

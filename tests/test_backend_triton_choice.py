@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastenc
 from fastenc import ops
-from fastenc.backends import triton
+from fastenc.backends import choice, gpu, triton
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,9 +87,9 @@ def auto_on_this_device(monkeypatch):
     """As if `auto` were asked for tensors of a GPU."""
     monkeypatch.setitem(ops._ON_DEVICE, "cpu", [triton])
     monkeypatch.setattr("fastenc.functional.ops.everyday", lambda: None)
-    triton._verdict.cache_clear()
+    choice._verdict.cache_clear()
     yield
-    triton._verdict.cache_clear()
+    choice._verdict.cache_clear()
 
 
 def test_auto_chooses_by_the_rule(auto_on_this_device):
@@ -164,7 +164,7 @@ def test_why_not(x, weight, bias, reason):
 @pytest.fixture
 def fresh():
     """What was found out about this process is found out again, before and after."""
-    cached = (triton._why_not_imported, triton._why_no_gpu, triton._why_not_gpu, triton._kernels)
+    cached = (triton._why_not_imported, gpu.why_no_gpu, gpu.why_not_gpu, triton._kernels)
     for function in cached:
         function.cache_clear()
     yield

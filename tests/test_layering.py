@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastenc.activation import ACTIVATIONS
+from fastenc.backends import cuda, rule
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastenc"
@@ -24,8 +25,9 @@ LAYERS = (
     {"functional"},
     {"ops"},
     {"backends"},
-    {"activation", "kernels", "_C"},
+    {"activation", "kernels", "_C", "_C_cuda"},
 )
+EXTENSIONS = {"_C", "_C_cuda"}
 # Knows nothing of fastenc; only these layers know it.
 DATA, ABOVE_DATA = "data", LAYERS[0] | LAYERS[1]
 
@@ -68,7 +70,7 @@ def package_of(path: Path) -> str:
 
 def inside(path: Path) -> Iterator[tuple[str, int]]:
     """(first name below fastenc, line) of what a file imports from fastenc; "" is fastenc itself."""
-    known = {name for name, _ in sources()} | {"_C"}
+    known = {name for name, _ in sources()} | EXTENSIONS
     for name, line in imports(ast.parse(path.read_text()), package_of(path)):
         parts = name.split(".")
         if parts[0] == "fastenc":
@@ -93,7 +95,7 @@ def at_module_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 def test_every_module_has_its_layer():
     found = {name for name, _ in sources()} - {"__init__"}
     assert found <= set().union(*LAYERS) | {DATA}, "give the new modules their place in LAYERS"
-    assert set().union(*LAYERS) - found == {"_C"}, "LAYERS names what is no longer there"
+    assert set().union(*LAYERS) - found == EXTENSIONS, "LAYERS names what is no longer there"
 
 
 def test_imports_point_one_way():
@@ -118,6 +120,7 @@ def test_imports_point_one_way():
         ("training", "data"),
         ("pretrained", "encoder"),
         ("backends", "_C"),
+        ("backends", "_C_cuda"),
         ("backends", "kernels"),
     } <= edges
 
@@ -196,6 +199,22 @@ def test_cpu_kernels_know_no_torch():
         if re.search(r"#include <(torch|ATen|c10)/|\b(torch|at|c10)::", code):
             knowing.add(path.name)
     assert knowing == {"runtime.cpp"}
+
+
+def test_cuda_kernels_know_no_torch():
+    """All of it that does is the binding, and what it is given for tests."""
+    knowing = set()
+    for path in [*(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc" / "simt").iterdir()]:
+        code = re.sub(r"//.*", "", path.read_text())
+        if re.search(r"#include <(torch|ATen|c10)/|\b(torch|at|c10)::", code):
+            knowing.add(path.name)
+    assert knowing == {"ops.cu", "bind.h", "operators.h", "operators.cpp"}
+
+
+def test_limits_of_a_narrow_stack_are_the_same_in_both_languages():
+    header = (ROOT / "csrc" / "cuda" / "launch.h").read_text()
+    limits = {name: int(re.search(rf"int64_t k{name} = (\d+);", header)[1]) for name in ("Deepest", "Widest")}
+    assert limits == {"Deepest": cuda.DEEPEST, "Widest": cuda.WIDEST} == {"Deepest": 8, "Widest": rule.CUDA.widest}
 
 
 def test_activations_are_in_the_same_order_in_both_languages():

@@ -177,7 +177,7 @@ X, WEIGHT = torch.ones(64, 64), torch.ones(32, 64)
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match="unknown backend 'tritn'; choose one of auto, cpu, triton, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'tritn'; choose one of auto, cpu, cuda, triton, reference"):
         fastenc.use_backend("tritn")
 
 

@@ -15,8 +15,8 @@ def problem(M, widths, activation="relu", dtype=torch.bfloat16, training=False, 
     return rule.Problem(M, widths, (activation,) * (len(widths) - 1), dtype, tensor_cores, training, captured)
 
 
-def faster(*args, arch: int = 80, **options) -> bool:
-    return rule.ratio(problem(*args, **options), arch) * rule.GAIN > 1
+def faster(*args, arch: int = 80, kernels: rule.Kernels = rule.TRITON, **options) -> bool:
+    return rule.ratio(problem(*args, **options), arch, kernels) * rule.GAIN > 1
 
 
 @pytest.mark.parametrize("arch", rule.DATASHEETS)
@@ -66,7 +66,7 @@ def test_the_share_of_cublas_decides():
     """Twice the operations of one rate take twice as long."""
     wide = problem(65536, (4096, 4096))
     sheet = rule.datasheet(80)
-    assert rule._ours(wide, sheet).device == pytest.approx(rule._eager(wide, sheet).device / rule.SHARE, rel=0.1)
+    assert rule._ours(wide, sheet, rule.TRITON).device == pytest.approx(rule._eager(wide, sheet).device / rule.SHARE, rel=0.1)
 
 
 def test_a_wide_product_on_an_a100_is_as_long_as_its_operations():
@@ -83,7 +83,8 @@ def test_the_nearest_datasheet_below():
 
 def test_empty_problems_have_an_answer():
     for widths in ((0, 4), (4, 0), (4, 4)):
-        assert rule.ratio(problem(0, widths, training=True), 80) > 0
+        for kernels in (rule.TRITON, rule.CUDA):
+            assert rule.ratio(problem(0, widths, training=True), 80, kernels) > 0
 
 
 def test_in_words():

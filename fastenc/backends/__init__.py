@@ -11,6 +11,6 @@ cannot take these arguments), and the four operators of `fastenc.ops` without th
 
 from types import ModuleType
 
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, triton, reference)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, cuda, triton, reference)}

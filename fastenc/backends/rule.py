@@ -1,9 +1,10 @@
-"""When the Triton kernels should be faster than eager PyTorch: a model, not a measurement.
+"""When a GPU backend's kernels should be faster than eager PyTorch: a model, not a measurement.
 
 A step takes the longer of what its host needs to launch it and what its device needs to run it. The device needs, for
 each kernel, KERNEL microseconds and the longer of arithmetic and memory traffic, by the GPU's datasheet. Fusing saves
 the passes over the activations and launches; it costs where our product is slower than cuBLAS's, and a launch of a
-Triton kernel costs the host more than that of an eager operator. In a CUDA graph the host costs nothing.
+Triton kernel costs the host more than that of an eager operator; one of ours in C++ costs it as much. In a CUDA graph
+the host costs nothing.
 
 What is assumed is in the constants. `fastenc tune` measures, and what it finds goes before this rule.
 """
@@ -20,7 +21,6 @@ as_if_captured: ContextVar[bool] = ContextVar("fastenc_as_if_captured", default=
 
 # Microseconds.
 EAGER_OP = 5.0  # the host, for one operator of eager PyTorch and its share of autograd
-TRITON_LAUNCH = 15.0  # the host, for one launch of ours
 FUNCTION = 10.0  # the host, for an autograd Function in Python, in either direction
 KERNEL = 2.0  # the device, for beginning and ending a kernel
 STEP = 0.3  # the device, for STEP_K columns of a sum that one program makes alone; cuBLAS cuts such sums in pieces
@@ -29,6 +29,19 @@ STEP_K = 64
 SHARE = 0.75  # of cuBLAS's rate that our products reach on tensor cores; 0.5 without them
 SHARE_WITHOUT = 0.5
 GAIN = 0.95  # our time must be less than this share of eager's: nearer than that the model cannot tell
+
+
+class Kernels(NamedTuple):
+    """What the model asks of a backend's kernels."""
+
+    choice: float  # microseconds of the host, to choose and call them from Python, beside the launch
+    launch: float  # microseconds of the host
+    leaves_products: bool  # whether a dense layer's products are left to cuBLAS where that is faster, see `fuses`
+    widest: float  # the most outputs of a dense layer whose gradients are made without writing dZ
+
+
+TRITON = Kernels(0.0, 15.0, leaves_products=False, widest=float("inf"))
+CUDA = Kernels(5.0, 5.0, leaves_products=True, widest=128)
 
 
 class Datasheet(NamedTuple):
@@ -86,11 +99,19 @@ class Problem(NamedTuple):
         return f"{self.M} rows, {'-'.join(map(str, self.widths))}, {names}, {dtype}, {kind}"
 
 
-def ratio(problem: Problem, arch: int) -> float:
+def ratio(problem: Problem, arch: int, kernels: Kernels) -> float:
     """Eager PyTorch's modelled time over ours: above 1 ours is less."""
     sheet = datasheet(arch)
-    ours = _ours(problem, sheet).time(problem.captured)
+    ours = _ours(problem, sheet, kernels).time(problem.captured)
     return _eager(problem, sheet).time(problem.captured) / ours
+
+
+def fuses(problem: Problem, arch: int, kernels: Kernels) -> tuple[bool, bool]:
+    """Whether the kernels make the forward, and the backward pass of a dense layer in less time than passes of ours or
+    PyTorch's around cuBLAS's products.
+    """
+    forward, backward = _forward(problem, datasheet(arch)), _backward(problem, datasheet(arch), kernels)
+    return forward[0] <= forward[1], backward[0] <= backward[1]
 
 
 def _product(problem: Problem, sheet: Datasheet, N: int, K: int, share: float = 1.0) -> float:
@@ -122,29 +143,41 @@ def _eager(problem: Problem, sheet: Datasheet) -> Work:
     return Work(ops * EAGER_OP, device + ops * KERNEL)
 
 
-def _ours(problem: Problem, sheet: Datasheet) -> Work:
-    """One kernel forward and three backward."""
-    launches = 4 if problem.training else 1
-    host = launches * TRITON_LAUNCH + 2 * FUNCTION * problem.training
-    whole = _dense if len(problem.activations) == 1 else _stack
-    return Work(host, whole(problem, sheet) + launches * KERNEL)
+def _ours(problem: Problem, sheet: Datasheet, kernels: Kernels) -> Work:
+    """One kernel forward, two where the product is left to cuBLAS, and three backward."""
+    launches = 1 + 3 * problem.training
+    host = kernels.choice + launches * kernels.launch + 2 * FUNCTION * problem.training
+    if len(problem.activations) > 1:
+        return Work(host, _stack(problem, sheet) + launches * KERNEL)
+    fused, apart = _forward(problem, sheet)
+    leaves = kernels.leaves_products and apart < fused
+    device = launches * KERNEL + (apart if leaves else fused)
+    if problem.training:
+        device += min(_backward(problem, sheet, kernels))
+    return Work(host + leaves * (problem.activations[0] != "identity") * kernels.launch, device)
 
 
 def _share(problem: Problem) -> float:
     return SHARE if problem.tensor_cores else SHARE_WITHOUT
 
 
-def _dense(problem: Problem, sheet: Datasheet) -> float:
+def _forward(problem: Problem, sheet: Datasheet) -> tuple[float, float]:
+    """A dense layer's forward pass in one kernel; and as cuBLAS's product, then one kernel more for the activation."""
     ((K, N, active),) = _layers(problem)
-    fused = _product(problem, sheet, N, K, _share(problem))
-    forward = max(fused, STEP * K / STEP_K)
-    if not problem.training:
-        return forward
+    one = max(_product(problem, sheet, N, K, _share(problem)), STEP * K / STEP_K)
+    return one, _product(problem, sheet, N, K) + active * (_traffic(problem, sheet, 2 * problem.M * N) + KERNEL)
+
+
+def _backward(problem: Problem, sheet: Datasheet, kernels: Kernels) -> tuple[float, float]:
+    """Its backward pass with the derivative applied as both products load; and with dZ written once, for cuBLAS."""
+    ((K, N, active),) = _layers(problem)
     size = problem.M * N
-    # Both products apply the derivative as they load; or, for wide layers, dZ is written once, for cuBLAS.
+    fused = _product(problem, sheet, N, K, _share(problem))
     loading = fused + max(fused, STEP * N / STEP_K) + _traffic(problem, sheet, 2 * active * size)
+    if N > kernels.widest:
+        loading = float("inf")
     writing = 2 * _product(problem, sheet, N, K) + _traffic(problem, sheet, (1 + 2 * active) * size)
-    return forward + min(loading, writing)
+    return loading, writing
 
 
 def _stack(problem: Problem, sheet: Datasheet) -> float:
