@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 #include <type_traits>
+#include <typeinfo>
 
 #include "../cuda/launch.h"
 #include "simt.h"
@@ -197,6 +198,7 @@ inline uint32_t to_tf32(float x) {
 
 template <auto kKernel, class... Args>
 Status launch(const Geometry& geometry, Stream, Args... args) {
+  simt::kernel_name = typeid(std::integral_constant<decltype(kKernel), kKernel>).name();
   simt::launch({static_cast<unsigned>(geometry.blocks)}, {static_cast<unsigned>(geometry.threads)},
                static_cast<size_t>(geometry.shared_bytes), [=] { kKernel(args...); });
   return 0;

@@ -76,8 +76,11 @@ void count(bool on) {
   forget_traffic();
 }
 
-// JSON: {"launches": [[blocks, threads, shared bytes], ...], "traffic": [{"site": "file:line", "space": "global load",
-// "accesses": ..., "bytes": ..., "moved": ..., "passes": ..., "least": ...}, ...]}, since count(True).
+void run(bool on) { running = on; }
+
+// JSON: {"launches": [[blocks, threads, shared bytes], ...], "kernels": [name of each launch's], "traffic": [{"site":
+// "file:line", "space": "global load", "accesses": ..., "bytes": ..., "moved": ..., "passes": ..., "least": ...},
+// ...]}, since count(True).
 std::string traffic_as_json() {
   const char* names[] = {"global load", "global store", "shared load", "shared store"};
   std::ostringstream json;
@@ -85,6 +88,12 @@ std::string traffic_as_json() {
   const char* separator = "";
   for (const LaunchRecord& launch : launches()) {
     json << separator << "[" << launch.grid.x << ", " << launch.block.x << ", " << launch.shared_bytes << "]";
+    separator = ", ";
+  }
+  json << "], \"kernels\": [";
+  separator = "";
+  for (const LaunchRecord& launch : launches()) {
+    json << separator << "\"" << launch.kernel << "\"";
     separator = ", ";
   }
   json << "], \"traffic\": [";
@@ -108,6 +117,7 @@ STABLE_TORCH_LIBRARY(fastenc_simt, m) {
   m.def("guard(bool on) -> ()");
   m.def("stray_writes() -> int");
   m.def("count(bool on) -> ()");
+  m.def("run(bool on) -> ()");
   m.def("traffic() -> str");
 }
 
@@ -116,5 +126,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastenc_simt, CompositeExplicitAutograd, m) {
   m.impl("guard", TORCH_BOX(&simt::guard));
   m.impl("stray_writes", TORCH_BOX(&simt::stray_writes));
   m.impl("count", TORCH_BOX(&simt::count));
+  m.impl("run", TORCH_BOX(&simt::run));
   m.impl("traffic", TORCH_BOX(&simt::traffic_as_json));
 }

@@ -240,6 +240,7 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, std::function<void()> ke
   if (shared_bytes > kMostShared)
     throw Fault("a block asks for " + std::to_string(shared_bytes) + " bytes of shared memory");
   record_launch(grid, block, shared_bytes);
+  if (!running) return;
   s.kernel = std::move(kernel);
   s.fault.clear();
   while (s.threads.size() < s.count) s.threads.push_back(std::make_unique<Thread>());

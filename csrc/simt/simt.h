@@ -96,9 +96,12 @@ const std::map<Site, Traffic>& traffic();
 void forget_traffic();
 
 struct LaunchRecord {
+  std::string kernel;  // as typeid gives it: a type with the kernel's mangled name in it
   Dim3 grid, block;
   size_t shared_bytes;
 };
+inline const char* kernel_name = "";          // of the next launch
+inline bool running = true;                   // else launches are recorded and not run
 const std::vector<LaunchRecord>& launches();  // since forget_traffic
 
 // Of simt.cpp and traffic.cpp with each other.

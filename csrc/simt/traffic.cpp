@@ -82,7 +82,7 @@ void count_block() {
 }
 
 void record_launch(Dim3 grid, Dim3 block, size_t shared_bytes) {
-  if (counting) records.push_back({grid, block, shared_bytes});
+  if (counting) records.push_back({kernel_name, grid, block, shared_bytes});
 }
 
 const std::map<Site, Traffic>& traffic() { return totals; }
