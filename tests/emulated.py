@@ -154,6 +154,8 @@ def counted() -> Iterator[list[Counted]]:
 
 if EMULATED:
     load()
-    cuda._why_not_loaded.cache_clear()
+    cuda.emulated.cache_clear()
+elif reason := cuda.why_unavailable():  # loads the compiled operators
+    pytest.skip(reason, allow_module_level=True)
 
 only_emulated = pytest.mark.skipif(not EMULATED, reason="it is the emulator that counts and schedules")

@@ -36,6 +36,39 @@ def test_small_dense_layers_wait_for_a_cuda_graph(arch):
         assert faster(32, (64, 64), arch=arch, training=training, captured=True)
 
 
+@pytest.mark.parametrize("arch", rule.DATASHEETS)
+def test_launches_from_cpp_cost_the_host_less(arch):
+    """Never a reason for Triton where both would do; and a reason for stacks that Triton's launches are too slow for."""
+    for M in (1, 32, 4096, 65536):
+        for widths in (ENCODER, (64, 64), (784, 128), (1024, 4096), (64, 32)):
+            for training in (False, True):
+                both = problem(M, widths, training=training)
+                ratios = [rule.ratio(both, arch, kernels) for kernels in (rule.CUDA, rule.TRITON)]
+                assert ratios[0] >= ratios[1] or len(widths) == 2  # a dense layer's products may be left to cuBLAS
+    assert faster(1, (64, 32, 16), arch=arch, training=True, kernels=rule.CUDA)
+    assert not faster(1, (64, 32, 16), arch=arch, training=True)
+
+
+@pytest.mark.parametrize("arch", rule.DATASHEETS)
+def test_what_is_left_to_cublas_is_never_modelled_slower_than_by_ourselves(arch):
+    for M, N, K in ((32, 4096, 1024), (65536, 128, 784), (65536, 4096, 4096), (1, 64, 4096)):
+        dense = problem(M, (K, N), captured=True)
+        left = rule.CUDA._replace(choice=0.0, launch=0.0)
+        alone = left._replace(leaves_products=False)
+        assert rule.ratio(dense, arch, left) >= rule.ratio(dense, arch, alone)
+
+
+def test_which_dense_layers_are_left_to_cublas():
+    """Where a product is bound by arithmetic or sums are long; and gradients where dZ must be written anyhow."""
+    assert rule.fuses(problem(65536, (784, 128)), 80, rule.CUDA) == (True, True)
+    assert rule.fuses(problem(4096, (1024, 4096)), 80, rule.CUDA) == (False, False)
+    assert rule.fuses(problem(65536, (64, 256)), 80, rule.CUDA) == (True, False)
+    assert rule.fuses(problem(1, (4096, 64)), 80, rule.CUDA) == (False, True)
+    assert rule.fuses(problem(65536, (784, 128), dtype=torch.float32), 80, rule.CUDA) == (False, False)
+    # Without an activation there is nothing to fuse forward.
+    assert not rule.fuses(problem(65536, (4096, 128), activation="identity"), 80, rule.CUDA)[0]
+
+
 def test_wide_products_stay_with_cublas():
     """An A100 would need 78% and 92% of cuBLAS's rate from us; more is assumed of neither."""
     assert not faster(4096, (1024, 4096))
@@ -66,7 +99,8 @@ def test_the_share_of_cublas_decides():
     """Twice the operations of one rate take twice as long."""
     wide = problem(65536, (4096, 4096))
     sheet = rule.datasheet(80)
-    assert rule._ours(wide, sheet, rule.TRITON).device == pytest.approx(rule._eager(wide, sheet).device / rule.SHARE, rel=0.1)
+    eager = rule._eager(wide, sheet).device
+    assert rule._ours(wide, sheet, rule.TRITON).device == pytest.approx(eager / rule.SHARE, rel=0.1)
 
 
 def test_a_wide_product_on_an_a100_is_as_long_as_its_operations():

@@ -39,9 +39,11 @@ def why_unavailable() -> str | None:
     return gpu.why_no_gpu() or _why_not_loaded()
 
 
+@functools.cache
 def emulated() -> bool:
     """Whether the operators were built over csrc/simt and take CPU tensors."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("fastenc_cuda::dense_forward", "CPU")
+    there = hasattr(torch.ops.fastenc_cuda, "dense_forward")
+    return there and torch._C._dispatch_has_kernel_for_dispatch_key("fastenc_cuda::dense_forward", "CPU")
 
 
 @functools.cache

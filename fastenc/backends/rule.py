@@ -108,10 +108,10 @@ def ratio(problem: Problem, arch: int, kernels: Kernels) -> float:
 
 def fuses(problem: Problem, arch: int, kernels: Kernels) -> tuple[bool, bool]:
     """Whether the kernels make the forward, and the backward pass of a dense layer in less time than passes of ours or
-    PyTorch's around cuBLAS's products.
+    PyTorch's around cuBLAS's products. (Backward these are a kernel more: our sum for the bias has a second one.)
     """
     forward, backward = _forward(problem, datasheet(arch)), _backward(problem, datasheet(arch), kernels)
-    return forward[0] <= forward[1], backward[0] <= backward[1]
+    return forward[0] <= forward[1], backward[0] <= backward[1] + KERNEL
 
 
 def _product(problem: Problem, sheet: Datasheet, N: int, K: int, share: float = 1.0) -> float:
@@ -174,7 +174,7 @@ def _backward(problem: Problem, sheet: Datasheet, kernels: Kernels) -> tuple[flo
     size = problem.M * N
     fused = _product(problem, sheet, N, K, _share(problem))
     loading = fused + max(fused, STEP * N / STEP_K) + _traffic(problem, sheet, 2 * active * size)
-    if N > kernels.widest:
+    if kernels.widest < N:
         loading = float("inf")
     writing = 2 * _product(problem, sheet, N, K) + _traffic(problem, sheet, (1 + 2 * active) * size)
     return loading, writing
