@@ -4,6 +4,7 @@
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace fastenc::cuda::test {
 namespace {
@@ -77,7 +78,7 @@ unsigned char* Buffers::take(int64_t bytes, bool output) {
   return buffers_.back().base;
 }
 
-Matrix Buffers::matrix(int64_t rows, int64_t cols, const std::string& kind) {
+Matrix Buffers::matrix(int64_t rows, int64_t cols, const std::string& kind, float scale) {
   int64_t row_stride = cols, col_stride = 1, offset = 0;
   if (kind == "transposed") {
     row_stride = 1;
@@ -108,14 +109,20 @@ Matrix Buffers::matrix(int64_t rows, int64_t cols, const std::string& kind) {
     random_ ^= random_ >> 7;
     random_ ^= random_ << 17;
     const auto bits = static_cast<int64_t>(random_ >> 40);
-    write(arithmetic_, data, i,
-          integers_ ? static_cast<float>(bits % 5 - 2) : static_cast<float>(bits - (1 << 23)) / (1 << 23));
+    const float any = static_cast<float>(bits - (1 << 23)) / (1 << 23);
+    write(arithmetic_, data, i, scale * (integers_ ? static_cast<float>(bits % 5 - 2) : any));
   }
   return {data + offset * item_size(arithmetic_), row_stride, col_stride};
 }
 
-void* Buffers::output(int64_t count) {
-  const int64_t bytes = count * item_size(arithmetic_);
+Matrix Buffers::saved(int64_t rows, int64_t cols, const std::string& kind) {
+  const bool integers = std::exchange(integers_, false);
+  const Matrix result = matrix(rows, cols, kind);
+  integers_ = integers;
+  return result;
+}
+
+void* Buffers::output_bytes(int64_t bytes) {
   unsigned char* data = take(bytes, /* output */ true);
   std::memset(data, 0xff, static_cast<size_t>(bytes));
   return data;

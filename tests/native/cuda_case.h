@@ -35,7 +35,7 @@ float read(Arithmetic arithmetic, const void* data, int64_t index);
 // Buffers made one by one, so that AddressSanitizer's red zones are just beside each; without it, guards are.
 class Buffers {
  public:
-  // The numbers of inputs come from `seed`: integers from -2 to 2, or between -1 and 1.
+  // The numbers of inputs come from `seed`: integers from -2 to 2, or any between -1 and 1.
   Buffers(Arithmetic arithmetic, uint64_t seed, bool integers);
   ~Buffers();
   Buffers(const Buffers&) = delete;
@@ -43,12 +43,15 @@ class Buffers {
 
   // kind: contiguous, transposed, expanded (all rows one), scalar (all numbers one), misaligned (by one element),
   // padded (rows apart), strided (columns apart) or reversed (the last row first).
-  Matrix matrix(int64_t rows, int64_t cols, const std::string& kind);
+  Matrix matrix(int64_t rows, int64_t cols, const std::string& kind, float scale = 1.0f);
+  // What a forward pass saved: between -1 and 1, as a derivative grows beyond.
+  Matrix saved(int64_t rows, int64_t cols, const std::string& kind);
   const void* vector(int64_t count) { return matrix(1, count, "contiguous").data; }
-  // NaN until it is written.
-  void* output(int64_t count);
+  // NaN until they are written.
+  void* output(int64_t count) { return output_bytes(count * item_size(arithmetic_)); }
+  void* output_bytes(int64_t bytes);
   void* workspace(int64_t bytes);
-  // Outputs and workspaces as they were at first; for a launch to repeat.
+
   uint64_t digest() const;     // of all outputs' bytes
   std::string damage() const;  // in words; empty: all guards are whole
 
@@ -90,8 +93,18 @@ Grid rounded(Arithmetic arithmetic, Grid a);
 // Where a contiguous result is not within the bounds of what it should be, rounded; empty: nowhere.
 std::string compare(Arithmetic arithmetic, const char* name, const void* result, const Grid& expected);
 
-// The ops: each runs a launcher once. They return compare()'s words, or those that it failed with.
-using Op = std::string (*)(const Case&, Buffers&);
+// Which gradients a case wants, by the bits of "wanted".
+inline bool wants_grad_x(const Case& c) { return c.number("wanted") & 1; }
+inline bool wants_grad_weight(const Case& c, int64_t layer) { return c.number("wanted") >> (2 * layer + 1) & 1; }
+inline bool wants_grad_bias(const Case& c, int64_t layer) { return c.number("wanted") >> (2 * layer + 2) & 1; }
+
+// Each runs a launcher once and returns where a result is wrong: compare()'s words.
 std::string dense_forward_case(const Case& c, Buffers& buffers);
+std::string preact_gradient_case(const Case& c, Buffers& buffers);
+std::string dense_backward_case(const Case& c, Buffers& buffers);
+std::string weight_partials_case(const Case& c, Buffers& buffers);
+std::string reduce_case(const Case& c, Buffers& buffers);
+std::string encoder_forward_case(const Case& c, Buffers& buffers);
+std::string encoder_backward_case(const Case& c, Buffers& buffers);
 
 }  // namespace fastenc::cuda::test

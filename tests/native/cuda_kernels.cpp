@@ -12,7 +12,15 @@ using namespace fastenc::cuda::test;
 
 namespace {
 
-const std::map<std::string, Op> kOps = {{"dense_forward", dense_forward_case}};
+const std::map<std::string, std::string (*)(const Case&, Buffers&)> kOps = {
+    {"dense_forward", dense_forward_case},
+    {"preact_gradient", preact_gradient_case},
+    {"dense_backward", dense_backward_case},
+    {"weight_partials", weight_partials_case},
+    {"reduce", reduce_case},
+    {"encoder_forward", encoder_forward_case},
+    {"encoder_backward", encoder_backward_case},
+};
 
 std::string run(const std::string& line) {
   try {
