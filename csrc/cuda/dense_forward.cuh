@@ -6,8 +6,12 @@
 
 namespace fastenc::cuda {
 
-// Whether large tiles make enough blocks to fill a GPU.
-constexpr bool wants_large_tiles(int64_t M, int64_t N) { return count_tiles<LargeTile>(M, N) >= kMultiprocessors; }
+// Whether large tiles, which read less for each product, make enough blocks to fill a GPU, and few more columns that
+// only pad: at most a quarter more than small ones.
+constexpr bool wants_large_tiles(int64_t M, int64_t N) {
+  return count_tiles<LargeTile>(M, N) >= kMultiprocessors &&
+         4 * divide_up(N, LargeTile::kCols) * LargeTile::kCols <= 5 * divide_up(N, SmallTile::kCols) * SmallTile::kCols;
+}
 
 // x       [M, K]  fp32 | fp16 | bf16, any strides
 // weight  [N, K]  dtype of x, any strides; kSumWeight is kOuter where its columns are contiguous

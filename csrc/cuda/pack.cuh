@@ -39,14 +39,14 @@ FASTENC_DEVICE void store_numbers(T* to, const float (&values)[kEach], int64_t a
   } else {
 #pragma unroll
     for (int e = 0; e < kEach; ++e)
-      if (e < count + PLANTED(PackColumnTooFar)) store_global(to + e * apart, from_float<T>(values[e]));
+      if (e < count) store_global(to + e * apart, from_float<T>(values[e]));
   }
 }
 
 // How many of the numbers from a column on, `apart` from each other, lie before column `cols`.
 template <int kEach>
 FASTENC_DEVICE int count_inside(int64_t col, int64_t cols, int apart) {
-  const int64_t left = cols - col;
+  const int64_t left = cols + PLANTED(PackColumnTooFar) - col;
   return left <= 0 ? 0 : left > int64_t{kEach - 1} * apart ? kEach : static_cast<int>(divide_up(left, apart));
 }
 

@@ -305,7 +305,7 @@ FASTENC_DEVICE void pipeline(int64_t steps, Load&& load, Use&& use) {
     if (step >= 0) use(step, static_cast<int>(step % kStages));
   }
   wait_copies<0>();
-  sync_block();
+  if (!PLANTED(NoBarrierBeforeOverwrite)) sync_block();
 }
 
 }  // namespace fastenc::cuda
