@@ -112,11 +112,14 @@ def guarded_outputs() -> Iterator[None]:
         operators.guard(False)
 
 
+SPACES = ("global load", "global store", "shared load", "shared store")
+
+
 class Site(NamedTuple):
     """A place in the kernels' source where memory is accessed: whole warps' accesses, and what they cost."""
 
     site: str  # file:line
-    space: str  # global load, global store, shared load, shared store
+    space: str  # one of SPACES
     accesses: int
     bytes: int
     moved: int  # global: 32 bytes for each sector touched
