@@ -28,27 +28,29 @@ namespace fastenc::cuda {
 constexpr int kEncoderStages = 3;
 constexpr int kWideChunk = 64;
 
-// Where a step is: the layer, and the first of its outputs and inputs.
+// Where a step is: the layer, and which chunk of its outputs and of its inputs.
 template <int kStep>
 struct EncoderStep {
-  int layer = 0;
-  int64_t n = 0, k = 0;
+  int layer = 0, output_chunk = 0, input_chunk = 0;
 
+  FASTENC_INLINE int64_t n() const { return int64_t{output_chunk} * kWideChunk; }
+  FASTENC_INLINE int64_t k() const { return int64_t{input_chunk} * kStep; }
   FASTENC_INLINE int64_t inputs(const EncoderForward& args) const { return layer ? args.layers[layer - 1].N : args.K; }
   // The outputs that it makes.
   FASTENC_INLINE int outputs(const EncoderForward& args) const {
-    const int64_t N = args.layers[layer].N, left = N - n;
+    const int64_t N = args.layers[layer].N, left = N - n();
     return static_cast<int>(N <= kWidest || left < kWideChunk ? left : kWideChunk);
   }
-  FASTENC_INLINE bool ends_sums(const EncoderForward& args) const { return k + kStep >= inputs(args); }
+  FASTENC_INLINE bool ends_sums(const EncoderForward& args) const { return k() + kStep >= inputs(args); }
   FASTENC_INLINE void advance(const EncoderForward& args) {
-    const bool ends = ends_sums(args);
-    k = ends ? 0 : k + kStep;
-    if (!ends) return;
-    n += outputs(args);
-    if (n < args.layers[layer].N) return;
-    n = 0;
-    ++layer;
+    const bool ends_layer = n() + outputs(args) >= args.layers[layer].N;
+    if (!ends_sums(args)) {
+      ++input_chunk;
+    } else {
+      input_chunk = 0;
+      output_chunk = ends_layer ? 0 : output_chunk + 1;
+      layer += ends_layer;
+    }
   }
 };
 
@@ -60,24 +62,16 @@ struct EncoderForwardPlan {
   static constexpr int kChunkLeading = leading<T>(kStep);
   static constexpr int kWeights = static_cast<int>(kWidest) * kChunkLeading;  // elements of a chunk
   static constexpr int kInputs = 16 * kChunkLeading;
-  static constexpr int kSumsLeading = leading<float>(kWidest), kOutletLeading = leading<float>(kWideChunk);
-  static constexpr int kTileLeading = kSumsLeading * static_cast<int>(sizeof(float) / sizeof(T));
-  static_assert(kEncoderStages * kInputs <= 16 * kTileLeading);
+  static constexpr int kTileLeading = leading<T>(kWidest), kSumsLeading = leading<float>(kWidest, Sum::kOuter);
+  static constexpr int kOutletLeading = leading<float>(kWideChunk);
+  static constexpr int kTile = 16 * kSumsLeading * static_cast<int>(sizeof(float) / sizeof(T));
+  static_assert(kEncoderStages * kInputs <= kTile && kTileLeading * sizeof(T) <= kSumsLeading * sizeof(float));
 
   // In bytes, from the beginning of shared memory.
   static constexpr int kTiles = kEncoderStages * kWeights * static_cast<int>(sizeof(T));
   static constexpr int kOutlets = kTiles + kRows * kSumsLeading * static_cast<int>(sizeof(float));
   static constexpr int kEnd = kOutlets + kRows * kOutletLeading * static_cast<int>(sizeof(float));
 };
-
-// Calls function(std::integral_constant<int, columns>); columns is 32, 64, 96 or 128.
-template <class Function>
-FASTENC_DEVICE void with_columns(int columns, Function&& function) {
-  if (columns == 128) return function(std::integral_constant<int, 128>{});
-  if (columns == 96) return function(std::integral_constant<int, 96>{});
-  if (columns == 64) return function(std::integral_constant<int, 64>{});
-  return function(std::integral_constant<int, 32>{});
-}
 
 // From sums to outputs: 16 rows from `row` on, of the outputs from `n` on.
 //
@@ -163,7 +157,7 @@ encoder_forward_kernel(const EncoderForward args, const int64_t steps) {
   using T = typename Plan::T;
   constexpr int kStep = Plan::kStep;
   T* const chunks = reinterpret_cast<T*>(shared_memory());
-  T* const tile = reinterpret_cast<T*>(shared_memory() + Plan::kTiles) + warp() * 16 * Plan::kTileLeading;
+  T* const tile = reinterpret_cast<T*>(shared_memory() + Plan::kTiles) + warp() * Plan::kTile;
   const int64_t row = block() * Plan::kRows + warp() * 16;
   EncoderStep<kStep> ahead, here;
   float acc[1][kWidest / 8][4] = {};
@@ -175,22 +169,27 @@ encoder_forward_kernel(const EncoderForward args, const int64_t steps) {
         const int64_t inputs = ahead.inputs(args);
         load_tile<Plan::kThreads>(chunks + stage * Plan::kWeights, Plan::kChunkLeading,
                                   round_up(ahead.outputs(args), 32), kStep, Source<T>(layer.weight, layer.N, inputs),
-                                  ahead.n, ahead.k, thread());
+                                  ahead.n(), ahead.k(), thread());
         if (ahead.layer == 0)
           load_tile<32>(tile + stage * Plan::kInputs, Plan::kChunkLeading, 16, kStep, Source<T>(args.x, args.M, inputs),
-                        row, ahead.k, lane());
+                        row, ahead.k(), lane());
         ahead.advance(args);
       },
       [&](int64_t, int stage) {
         const StackLayer& layer = args.layers[here.layer];
         const int columns = round_up(here.outputs(args), 32);
-        const T* const inputs = here.layer == 0 ? tile + stage * Plan::kInputs : tile + here.k;
+        const T* const inputs = here.layer == 0 ? tile + stage * Plan::kInputs : tile + here.k();
         const int inputs_leading = here.layer == 0 ? Plan::kChunkLeading : Plan::kTileLeading;
         if (PLANTED(ForwardStaleWeights)) stage = (stage + kEncoderStages - 1) % kEncoderStages;
-        with_columns(columns, [&](auto constant) {
-          multiply<kArithmetic, Sum::kInner, Sum::kInner>(acc, inputs, inputs_leading, chunks + stage * Plan::kWeights,
-                                                          Plan::kChunkLeading, kStep, decltype(constant)::value);
-        });
+        const T* const weights = chunks + stage * Plan::kWeights;
+        const auto multiply_columns = [&](int count) {
+          multiply<kArithmetic, Sum::kInner, Sum::kInner>(acc, inputs, inputs_leading, weights, Plan::kChunkLeading,
+                                                          kStep, count);
+        };
+        if (columns == kWidest)
+          multiply_columns(kWidest);  // the compiler sees that no fragment is left out
+        else
+          multiply_columns(columns);
         if (here.ends_sums(args)) {
           const bool wide = layer.N > kWidest && !PLANTED(ForwardWideThroughTile);
           float* const sums =
@@ -200,7 +199,7 @@ encoder_forward_kernel(const EncoderForward args, const int64_t steps) {
           if (!PLANTED(ForwardNoBarrierBeforeSums)) sync_warp();  // all lanes have read what the sums lie over
           put(sums, sums_leading, acc, columns);
           if (!PLANTED(ForwardNoBarrierAfterSums)) sync_warp();
-          finish_outputs(layer, args.M, row, here.n, columns, sums, sums_leading,
+          finish_outputs(layer, args.M, row, here.n(), columns, sums, sums_leading,
                          here.layer + 1 < args.depth ? tile : nullptr, Plan::kTileLeading);
           if (!PLANTED(ForwardNoBarrierAfterOutputs)) sync_warp();
           for_each(acc, [](int, int, float& sum) {
