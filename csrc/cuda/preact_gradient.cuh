@@ -54,7 +54,7 @@ bool is_wide(const PreactGradient& args) {
 // A thread adds up its columns in the rows that it comes to; a block's sums of a column are added in the order of its
 // threads. Neither depends on how memory is read.
 template <class T>
-FASTENC_KERNEL(kGradientThreads)
+FASTENC_KERNEL(kGradientThreads, 3)
 preact_gradient_kernel(const PreactGradient args, float* const partials, const int64_t part_rows, const bool wide) {
   constexpr int kEach = columns_each(sizeof(T));
   constexpr int kPadded = kGradientThreads + 32 / kEach;  // lanes that read one number of several threads: other banks
