@@ -264,8 +264,7 @@ def take_path(name: str) -> Iterator[None]:
             yield
 
 
-# The GPU backends run on CPU tensors only when they are emulated, which is slow: test_backend_triton.py and
-# test_backend_cuda.py have those.
+# The GPU backends run on CPU tensors only emulated or interpreted, which is slow: test_backend_gpu.py has those.
 ON_THE_CPU = tuple(name for name, backend in BACKENDS.items() if backend.DEVICE != "cuda")
 # The ways that run the layers on plain tensors: what users get, the autograd Functions in Python where the operators
 # with autograd in C++ are not built, and each backend by force.

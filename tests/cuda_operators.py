@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import emulated
+import pytest
 import torch
 from accuracy import Problem
 from guards import guarded, guarded_allocations
 from torch import Tensor
 
 from fastenc.activation import ACTIVATIONS, activation_code, activation_codes
+from fastenc.backends import cuda
 
+if reason := cuda.why_unavailable():  # loads the compiled operators
+    pytest.skip(f"there is a GPU, and {reason}", allow_module_level=True)
 operators = torch.ops.fastenc_cuda
 
 

@@ -158,7 +158,5 @@ def counted() -> Iterator[list[Counted]]:
 if EMULATED:
     load()
     cuda.emulated.cache_clear()
-elif reason := cuda.why_unavailable():  # loads the compiled operators
-    pytest.skip(reason, allow_module_level=True)
 
 only_emulated = pytest.mark.skipif(not EMULATED, reason="it is the emulator that counts and schedules")

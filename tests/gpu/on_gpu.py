@@ -26,7 +26,12 @@ PASSED, FAILED, NOT_RUN = "passed", "FAILED", "not run"
 
 TESTS = (
     "tests/test_kernels_*.py",
-    "tests/test_backend_triton*.py",
+    "tests/test_cuda_values.py",
+    "tests/test_cuda_stacks.py",
+    "tests/test_backend_gpu.py",
+    "tests/test_backends_agree.py",
+    "tests/test_backend_cuda_choice.py",
+    "tests/test_backend_triton_choice.py",
     "tests/test_training_*.py",
     "tests/test_benchmarks_cuda.py",
     "tests/gpu",

@@ -1,11 +1,16 @@
-"""The layers on the Triton backend: interpreted where there is no GPU. What each kernel does is tested beside it."""
+"""The layers on the GPU backends: emulated and interpreted where there is no GPU. What each kernel does is tested
+beside it.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from dataclasses import replace
 
-import interpreter  # noqa: F401 - first: it decides how Triton runs
+if importlib.util.find_spec("triton"):
+    import interpreter  # noqa: F401 - first: it decides how Triton runs
+import emulated  # noqa: F401 - before the backend is asked for anything
 import pytest
 import torch
 from accuracy import (
@@ -27,6 +32,7 @@ from torch.library import opcheck
 
 import fastenc
 from fastenc.activation import ACTIVATIONS
+from fastenc.backends import BACKENDS
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -34,14 +40,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
+# MIXED: of its layers the first is dense and wide.
 DENSE, NARROW, MIXED = (9, 17), (20, 33, 17, 5), (20, 130, 17, 5)
 in_each = pytest.mark.parametrize("widths", [DENSE, NARROW, MIXED], ids=["dense", "narrow stack", "mixed stack"])
 
 
-@pytest.fixture
-def forced():
-    with fastenc.use_backend("triton"):
-        yield
+@pytest.fixture(params=[name for name in ("cuda", "triton") if BACKENDS[name].why_unavailable() is None])
+def forced(request):
+    with fastenc.use_backend(request.param):
+        yield request.param
 
 
 def problem_of(M: int, widths: tuple[int, ...], *args, **options) -> Problem:
