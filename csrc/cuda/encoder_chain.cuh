@@ -24,144 +24,9 @@
 // weights are.
 #pragma once
 
-#include "tile.cuh"
+#include "chain_feed.cuh"
 
 namespace fastenc::cuda {
-
-constexpr int kChainWarps = 8, kChainThreads = 32 * kChainWarps;
-constexpr int kChainSlots = 4;
-constexpr int kChainPieces = 12;  // of weight gradients, in a warp's registers
-constexpr int kNoSum = -1;
-
-// A tile of rows and how the warps share it: kWarpsM x kWarpsN. Tiles of 16- and of 32-bit numbers are as many bytes.
-template <class T>
-struct ChainTile {
-  static constexpr int kRows = sizeof(T) == 2 ? 64 : 32;
-  static constexpr int kWarpsM = kRows / 16, kWarpsN = kChainWarps / kWarpsM;
-  static constexpr int kFragmentCols = static_cast<int>(kWidest) / 8 / kWarpsN;
-  using Fragments = float[1][kFragmentCols][4];
-  using Piece = float[1][2][4];
-  FASTENC_DEVICE static int warp_row() { return warp() / kWarpsN * 16; }
-};
-
-struct ChainLayer {
-  int64_t N, in;  // in: the outputs of the layer below, or K
-  ActivationKind activation;
-  Matrix weight;      // [N, in]; no data: the gradient of the layer's input is not wanted
-  Matrix saved;       // [M, N]; no data: the derivative needs nothing, or `input` of the layer above is it
-  Matrix input;       // [M, in]; no data: the weight's gradient is not summed here
-  void* grad_preact;  // [M, N] contiguous, or null: dZ is not wanted
-  int first_piece;    // the pieces of the weight's gradient are numbered from here on
-  int64_t weight_at;  // where in a block's sums it is, [N, in]
-  int64_t bias_at;    // [N]; kNoSum: not wanted
-};
-
-struct Chain {
-  int64_t M, rows_per_block;
-  int last, lowest;           // layers
-  int tile_leading, leading;  // of the tiles in the ring, and of G
-  Matrix grad_out;            // [M, N of the last layer]
-  void* grad_x;               // [M, K] contiguous, or null
-  float* sums;                // [blocks, stride]
-  int64_t stride;
-  ChainLayer layers[kDeepest];
-};
-
-// The numbers of a tile's columns from `col` on, padded.
-FASTENC_INLINE constexpr int chain_width(int64_t cols, int64_t col) {
-  return round_up(static_cast<int>(cols - col < kWidest ? cols - col : kWidest), 16);
-}
-
-template <class T>
-class ChainFeed {
- public:
-  FASTENC_DEVICE ChainFeed(const Chain& args, T* ring, int64_t begin, int64_t end)
-      : args_(args), ring_(ring), end_(end), row_(begin), layer_(args.last) {
-    for (int i = 0; i < kChainSlots - 1; ++i) load();
-  }
-
-  // The next tile.
-  FASTENC_DEVICE T* next() {
-    if (PLANTED(ChainEarlyWait)) wait_copies<kChainSlots - 1>();
-    if (!PLANTED(ChainMissingWait) && !PLANTED(ChainEarlyWait)) wait_copies<kChainSlots - 2>();
-    if (!PLANTED(ChainNoBarrierBeforeUse)) sync_block();
-    load();
-    T* tile = slot(used_);
-    used_ = (used_ + 1) % kChainSlots;
-    return tile;
-  }
-
- private:
-  static constexpr int kRows = ChainTile<T>::kRows;
-  enum Part { kGradOut, kSaved, kWeight, kInput };
-
-  FASTENC_DEVICE T* slot(int number) const { return ring_ + number * kRows * args_.tile_leading; }
-
-  FASTENC_DEVICE void load() {
-    if (row_ < end_) {
-      const ChainLayer& layer = args_.layers[layer_];
-      const bool weight = part_ == kWeight;
-      const Matrix& matrix = weight              ? layer.weight
-                             : part_ == kGradOut ? args_.grad_out
-                             : part_ == kSaved   ? layer.saved
-                                                 : layer.input;
-      const int64_t cols = part_ == kGradOut || part_ == kSaved ? layer.N : layer.in;
-      const int64_t col = weight ? k_ : part_ == kInput ? 0 : chunk_;
-      const int64_t left = layer.N - n_;
-      load_tile<kChainThreads>(slot(loaded_), args_.tile_leading,
-                               weight && left < kRows ? round_up(static_cast<int>(left), 16) : kRows,
-                               chain_width(cols, col), Source<T>(matrix, weight ? layer.N : args_.M, cols),
-                               weight ? n_ : row_, col, thread());
-      loaded_ = (loaded_ + 1) % kChainSlots;
-      do step();
-      while (!exists());
-    }
-    commit_copies();
-  }
-
-  FASTENC_DEVICE bool exists() const {
-    const ChainLayer& layer = args_.layers[layer_];
-    return part_ == kGradOut || (part_ == kSaved    ? layer.saved.data
-                                 : part_ == kWeight ? layer.weight.data
-                                                    : layer.input.data) != nullptr;
-  }
-
-  FASTENC_DEVICE void step() {
-    const ChainLayer& layer = args_.layers[layer_];
-    if (part_ == kGradOut) {
-      part_ = kSaved;
-    } else if (part_ == kSaved) {
-      part_ = kWeight;
-      n_ = chunk_;
-      k_ = 0;
-    } else if (part_ == kWeight) {
-      n_ += kRows;
-      if (layer.weight.data) {
-        if (n_ < layer.N && n_ < chunk_ + kWidest) return;
-        n_ = chunk_;
-        k_ += kWidest;
-        if (k_ < layer.in) return;
-      }
-      chunk_ += kWidest;
-      part_ = chunk_ < layer.N ? kGradOut : kInput;
-    } else {
-      chunk_ = 0;
-      part_ = layer_ > args_.lowest ? kSaved : kGradOut;
-      if (layer_ == args_.lowest) row_ += kRows;
-      layer_ = layer_ > args_.lowest ? layer_ - 1 : args_.last;
-    }
-  }
-
-  const Chain& args_;
-  T* ring_;
-  int64_t end_;
-  int loaded_ = 0, used_ = 0;  // slots
-  // What is loaded next: of which rows, of which layer, which columns of it, and which rows and columns of a weight.
-  int64_t row_;
-  int layer_;
-  Part part_ = kGradOut;
-  int64_t chunk_ = 0, n_ = 0, k_ = 0;
-};
 
 // The columns of a [kRows, width] tile that a warp has: from `first` on, `count`, a multiple of 16 or none.
 struct WarpColumns {
@@ -228,21 +93,170 @@ FASTENC_DEVICE void for_pieces(Piece (&pieces)[kChainPieces], const ChainLayer& 
   }
 }
 
-// out[r][c] = piece[r][c] where r < rows and c < cols; out has rows of `stride` numbers.
-FASTENC_DEVICE void store_piece(float* out, float (&piece)[1][2][4], int64_t rows, int64_t cols, int64_t stride) {
-  for_each(piece, [&](int r, int c, float value) {
-    if (r < rows && c < cols) store_global(out + r * stride + c, value);
-  });
+// out[r][c] = piece[r][c] where r < rows and c < cols; out has rows of `stride` numbers. Four lanes write a sector.
+FASTENC_DEVICE void store_piece(float* out, const float (&piece)[1][2][4], int64_t rows, int64_t cols, int64_t stride) {
+  struct alignas(8) Pair {
+    float first, second;
+  };
+  const int group = lane() / 4, quad = lane() % 4;
+#pragma unroll
+  for (int j = 0; j < 2; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = group + 8 * half, c = 8 * j + 2 * quad;
+      if (r >= rows + PLANTED(ChainSumsRowTooFar)) continue;
+      float* to = out + r * stride + c;
+      const Pair pair = {piece[0][j][2 * half], piece[0][j][2 * half + 1]};
+      if (stride % 2 == 0 && c < cols) store_global(reinterpret_cast<Pair*>(to), pair);
+      if (stride % 2 != 0 && c < cols) store_global(to, pair.first);
+      if (stride % 2 != 0 && c + 1 < cols) store_global(to + 1, pair.second);
+    }
 }
 
-template <class T>
-struct ChainShared {
-  // Sums of the columns: of a tile by each row of warps, and of all tiles so far by each layer.
-  static constexpr int kColumnSums = (ChainTile<T>::kWarpsM + static_cast<int>(kDeepest)) * static_cast<int>(kWidest);
-  static constexpr int64_t bytes(int tile_leading, int leading) {
-    return int64_t{kColumnSums} * sizeof(float) +
-           int64_t{ChainTile<T>::kRows} * (kChainSlots * tile_leading + leading) * sizeof(T);
+// A block at its work.
+template <Arithmetic kArithmetic>
+class ChainBlock {
+  using T = Number<kArithmetic>;
+  using Tile = ChainTile<T>;
+  using Fragments = typename Tile::Fragments;
+  static constexpr int kWide = static_cast<int>(kWidest);
+
+ public:
+  FASTENC_DEVICE explicit ChainBlock(const Chain& args)
+      : args_(args),
+        warp_sums_(reinterpret_cast<float*>(shared_memory())),
+        column_sums_(warp_sums_ + Tile::kWarpsM * kWide),
+        g_(reinterpret_cast<T*>(warp_sums_ + ChainShared<T>::kColumnSums)),
+        sums_(args.sums + block() * args.stride),
+        begin_(block() * args.rows_per_block),
+        end_(args.M - begin_ < args.rows_per_block ? args.M : begin_ + args.rows_per_block),
+        feed_(args, g_ + Tile::kRows * args.leading, begin_, end_) {}
+
+  FASTENC_DEVICE void run() {
+    if (thread() < kWide)
+      for (int l = 0; l <= args_.last; ++l) store_shared(column_sums_ + l * kWide + thread(), 0.0f);
+    for (row_ = begin_; row_ < end_; row_ += Tile::kRows) {
+      rows_ = static_cast<int>(end_ - row_ < Tile::kRows ? end_ - row_ : Tile::kRows);
+      Fragments grad = {};
+      for (int l = args_.last; l >= args_.lowest; --l) take_layer(l, args_.layers[l], grad);
+    }
+    for (int l = args_.last; l >= args_.lowest; --l) store_sums(l, args_.layers[l]);
   }
+
+ private:
+  // grad: of the layer's output, then of its input.
+  FASTENC_DEVICE void take_layer(int l, const ChainLayer& layer, Fragments& grad) {
+    Fragments below = {};
+    for (int64_t chunk = 0; chunk < layer.N; chunk += kWidest) {
+      const int width = chain_width(layer.N, chunk);
+      differentiate(l, layer, chunk, width, grad);
+      sum_bias(l, layer, chunk);
+      if (layer.grad_preact) store(layer.grad_preact, layer.N, chunk, width, g_, args_.leading);
+      if (!layer.weight.data) continue;
+      for (int64_t k = 0; k < layer.in; k += kWidest) {
+        const int width_below = chain_width(layer.in, k);
+        const WarpColumns columns(width_below, Tile::kWarpsN);
+        for (int n = 0; n < width; n += Tile::kRows) {
+          tile_ = feed_.next();
+          multiply<kArithmetic, Sum::kInner, Sum::kOuter>(
+              below, g_ + Tile::warp_row() * args_.leading + n, args_.leading, tile_ + columns.first,
+              args_.tile_leading, /* depth */ width - n < Tile::kRows ? width - n : Tile::kRows, columns.count);
+        }
+        if (l == 0) store_grad_x(layer, k, width_below, columns, below);
+      }
+    }
+    if (layer.input.data) {
+      tile_ = feed_.next();
+      for_pieces(pieces_, layer, [&](typename Tile::Piece& piece, int n, int k) {
+        multiply<kArithmetic, Sum::kOuter, Sum::kOuter>(piece, g_ + n, args_.leading, tile_ + k, args_.tile_leading,
+                                                        Tile::kRows);
+      });
+    }
+#pragma unroll
+    for (int j = 0; j < Tile::kFragmentCols; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) grad[0][j][e] = below[0][j][e];
+  }
+
+  // G = a chunk of the layer's dZ, and the sums of its columns by each row of warps.
+  FASTENC_DEVICE void differentiate(int l, const ChainLayer& layer, int64_t chunk, int width, Fragments& grad) {
+    const WarpColumns columns(width, Tile::kWarpsN);
+    if (l == args_.last) {
+      tile_ = feed_.next();
+      with_tile<T>(grad, tile_, args_.tile_leading, columns, [](float& z, float value) { z = value; });
+    }
+    if (layer.saved.data) tile_ = feed_.next();
+    with_activation(args_.layers[PLANTED(ChainWrongLayer) ? args_.last : l].activation, [&](auto activation) {
+      if constexpr (!std::is_same_v<decltype(activation), Identity>)
+        with_tile<T>(grad, tile_, args_.tile_leading, columns,
+                     [](float& z, float saved) { z = decltype(activation)::backward(z, saved); });
+    });
+    const int cols = chain_columns(layer.N, chunk);
+    for_each(grad, [&](int r, int c, float& z) {
+      if (Tile::warp_row() + r >= rows_ && !PLANTED(ChainPaddedRows)) z = 0.0f;
+      if (columns.first + c >= cols && !PLANTED(ChainPaddedColumns)) z = 0.0f;
+    });
+
+    if (!PLANTED(ChainNoBarrierBeforeOverwrite)) sync_block();  // all are through with the layer above's G
+    put(g_ + Tile::warp_row() * args_.leading + columns.first, args_.leading, grad, columns.count);
+    if (layer.bias_at != kNoSum)
+      sum_columns<T>(
+          grad, columns,
+          PLANTED(ChainArrivalOrder) ? column_sums_ + l * kWide : warp_sums_ + Tile::warp_row() / 16 * kWide);
+    if (!PLANTED(ChainNoBarrierBeforeSums)) sync_block();
+  }
+
+  // A column's sum is in shared memory, or, of a wide layer, at its place in memory from the first tile of rows on.
+  FASTENC_DEVICE void sum_bias(int l, const ChainLayer& layer, int64_t chunk) {
+    if (layer.bias_at == kNoSum || PLANTED(ChainArrivalOrder)) return;
+    if (thread() >= chain_columns(layer.N, chunk) + PLANTED(ChainBiasTooFar)) return;
+    float sum = load_shared(warp_sums_ + thread());
+#pragma unroll
+    for (int w = 1; w < Tile::kWarpsM; ++w) sum += load_shared(warp_sums_ + w * kWide + thread());
+    if (layer.N <= kWidest) {
+      float* total = column_sums_ + l * kWide + thread();
+      store_shared(total, load_shared(total) + sum);
+    } else {
+      float* total = sums_ + layer.bias_at + chunk + thread();
+      store_global(total, row_ == begin_ ? sum : load_global(total) + sum);
+    }
+  }
+
+  // Columns of grad_x, through the slot of the latest piece of weight; then below = 0.
+  FASTENC_DEVICE void store_grad_x(const ChainLayer& layer, int64_t k, int width, const WarpColumns& columns,
+                                   Fragments& below) {
+    if (!PLANTED(ChainNoBarrierBeforeStaging)) sync_block();
+    put(tile_ + Tile::warp_row() * args_.tile_leading + columns.first, args_.tile_leading, below, columns.count);
+    if (!PLANTED(ChainNoBarrierBeforeStore)) sync_block();
+    store(args_.grad_x, layer.in, k, width, tile_, args_.tile_leading);
+    for_each(below, [](int, int, float& z) { z = 0.0f; });
+  }
+
+  // The tile's rows, and columns from `col` on, of a contiguous [M, cols] matrix.
+  FASTENC_DEVICE void store(void* out, int64_t cols, int64_t col, int width, const T* tile, int leading) {
+    store_tile<kChainThreads>(static_cast<T*>(out) + row_ * cols + col, cols, rows_ + PLANTED(ChainStoreRowTooFar),
+                              cols - col, tile, leading, Tile::kRows, width, thread());
+  }
+
+  FASTENC_DEVICE void store_sums(int l, const ChainLayer& layer) {
+    if (layer.bias_at != kNoSum && layer.N <= kWidest && thread() < layer.N)
+      store_global(sums_ + layer.bias_at + thread(), load_shared(column_sums_ + l * kWide + thread()));
+    if (layer.input.data)
+      for_pieces(pieces_, layer, [&](const typename Tile::Piece& piece, int n, int k) {
+        store_piece(sums_ + layer.weight_at + n * layer.in + k, piece, layer.N - n, layer.in - k, layer.in);
+      });
+  }
+
+  const Chain& args_;
+  float* warp_sums_;    // [kWarpsM, kWidest]: of a tile's columns
+  float* column_sums_;  // [kDeepest, kWidest]: of all tiles so far
+  T* g_;
+  float* sums_;
+  int64_t begin_, end_, row_ = 0;  // rows: the block's, and the tile's first
+  int rows_ = 0;                   // of the tile
+  ChainFeed<T> feed_;
+  T* tile_ = nullptr;  // the latest
+  typename Tile::Piece pieces_[kChainPieces] = {};
 };
 
 // grad_out  [M, N of the last layer]  fp32 | fp16 | bf16, any strides
@@ -256,116 +270,7 @@ struct ChainShared {
 template <Arithmetic kArithmetic>
 FASTENC_KERNEL(kChainThreads, 1)
 encoder_chain_kernel(const Chain args) {
-  using T = Number<kArithmetic>;
-  using Tile = ChainTile<T>;
-  constexpr int kWide = static_cast<int>(kWidest);
-  float* warp_sums = reinterpret_cast<float*>(shared_memory());  // [kWarpsM, kWidest]
-  float* column_sums = warp_sums + Tile::kWarpsM * kWide;        // [kDeepest, kWidest]
-  T* g = reinterpret_cast<T*>(warp_sums + ChainShared<T>::kColumnSums);
-  const int64_t begin = block() * args.rows_per_block, left = args.M - begin;
-  const int64_t end = begin + (left < args.rows_per_block ? left : args.rows_per_block);
-  float* sums = args.sums + block() * args.stride;
-
-  ChainFeed<T> feed(args, g + Tile::kRows * args.leading, begin, end);
-  typename Tile::Piece pieces[kChainPieces] = {};
-  if (thread() < kWide)
-    for (int l = 0; l <= args.last; ++l) store_shared(column_sums + l * kWide + thread(), 0.0f);
-
-  for (int64_t row = begin; row < end; row += Tile::kRows) {
-    const int rows = static_cast<int>(end - row < Tile::kRows ? end - row : Tile::kRows);
-    typename Tile::Fragments grad = {};
-    T* tile = nullptr;  // the latest
-    for (int l = args.last; l >= args.lowest; --l) {
-      const ChainLayer& layer = args.layers[l];
-      typename Tile::Fragments below = {};
-      for (int64_t chunk = 0; chunk < layer.N; chunk += kWidest) {
-        const int width = chain_width(layer.N, chunk);
-        const WarpColumns columns(width, Tile::kWarpsN);
-        if (l == args.last) {
-          tile = feed.next();
-          with_tile<T>(grad, tile, args.tile_leading, columns, [](float& z, float value) { z = value; });
-        }
-        if (layer.saved.data) tile = feed.next();
-        const int cols = static_cast<int>(layer.N - chunk < kWidest ? layer.N - chunk : kWidest);
-        with_activation(args.layers[PLANTED(ChainWrongLayer) ? args.last : l].activation, [&](auto activation) {
-          if constexpr (!std::is_same_v<decltype(activation), Identity>)
-            with_tile<T>(grad, tile, args.tile_leading, columns,
-                         [](float& z, float saved) { z = decltype(activation)::backward(z, saved); });
-        });
-        for_each(grad, [&](int r, int c, float& z) {
-          if (Tile::warp_row() + r >= rows && !PLANTED(ChainPaddedRows)) z = 0.0f;
-          if (columns.first + c >= cols && !PLANTED(ChainPaddedColumns)) z = 0.0f;
-        });
-
-        if (!PLANTED(ChainNoBarrierBeforeOverwrite)) sync_block();  // all are through with the layer above's G
-        put(g + Tile::warp_row() * args.leading + columns.first, args.leading, grad, columns.count);
-        if (layer.bias_at != kNoSum)
-          sum_columns<T>(
-              grad, columns,
-              PLANTED(ChainArrivalOrder) ? column_sums + l * kWide : warp_sums + Tile::warp_row() / 16 * kWide);
-        if (!PLANTED(ChainNoBarrierBeforeSums)) sync_block();
-        if (layer.bias_at != kNoSum && thread() < cols + PLANTED(ChainBiasTooFar) && !PLANTED(ChainArrivalOrder)) {
-          float sum = load_shared(warp_sums + thread());
-#pragma unroll
-          for (int w = 1; w < Tile::kWarpsM; ++w) sum += load_shared(warp_sums + w * kWide + thread());
-          float* total = sums + layer.bias_at + chunk + thread();
-          if (layer.N <= kWidest) {
-            float* of_layer = column_sums + l * kWide + thread();
-            store_shared(of_layer, load_shared(of_layer) + sum);
-          } else {
-            store_global(total, row == begin ? sum : load_global(total) + sum);
-          }
-        }
-        if (layer.grad_preact)
-          store_tile<kChainThreads>(static_cast<T*>(layer.grad_preact) + row * layer.N + chunk, layer.N,
-                                    rows + PLANTED(ChainStoreRowTooFar), layer.N - chunk, g, args.leading, Tile::kRows,
-                                    width, thread());
-
-        if (!layer.weight.data) continue;
-        for (int64_t k = 0; k < layer.in; k += kWidest) {
-          const int width_below = chain_width(layer.in, k);
-          const WarpColumns columns_below(width_below, Tile::kWarpsN);
-          for (int n = 0; n < width; n += Tile::kRows) {
-            tile = feed.next();
-            multiply<kArithmetic, Sum::kInner, Sum::kOuter>(
-                below, g + Tile::warp_row() * args.leading + n, args.leading, tile + columns_below.first,
-                args.tile_leading, width - n < Tile::kRows ? width - n : Tile::kRows, columns_below.count);
-          }
-          if (l > 0) continue;
-          // A piece of grad_x, through the slot of the last piece of weight.
-          if (!PLANTED(ChainNoBarrierBeforeStaging)) sync_block();
-          put(tile + Tile::warp_row() * args.tile_leading + columns_below.first, args.tile_leading, below,
-              columns_below.count);
-          if (!PLANTED(ChainNoBarrierBeforeStore)) sync_block();
-          store_tile<kChainThreads>(static_cast<T*>(args.grad_x) + row * layer.in + k, layer.in,
-                                    rows + PLANTED(ChainStoreRowTooFar), layer.in - k, tile, args.tile_leading,
-                                    Tile::kRows, width_below, thread());
-          for_each(below, [](int, int, float& z) { z = 0.0f; });
-        }
-      }
-      if (layer.input.data) {
-        tile = feed.next();
-        for_pieces(pieces, layer, [&](typename Tile::Piece& piece, int n, int k) {
-          multiply<kArithmetic, Sum::kOuter, Sum::kOuter>(piece, g + n, args.leading, tile + k, args.tile_leading,
-                                                          Tile::kRows);
-        });
-      }
-#pragma unroll
-      for (int j = 0; j < Tile::kFragmentCols; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) grad[0][j][e] = below[0][j][e];
-    }
-  }
-
-  for (int l = args.last; l >= args.lowest; --l) {
-    const ChainLayer& layer = args.layers[l];
-    if (layer.bias_at != kNoSum && layer.N <= kWidest && thread() < layer.N)
-      store_global(sums + layer.bias_at + thread(), load_shared(column_sums + l * kWide + thread()));
-    if (layer.input.data)
-      for_pieces(pieces, layer, [&](typename Tile::Piece& piece, int n, int k) {
-        store_piece(sums + layer.weight_at + n * layer.in + k, piece, layer.N - n, layer.in - k, layer.in);
-      });
-  }
+  ChainBlock<kArithmetic>(args).run();
 }
 
 }  // namespace fastenc::cuda
