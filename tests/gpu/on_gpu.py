@@ -40,6 +40,7 @@ SANITIZERS = {
     "memcheck": "accesses out of bounds or misaligned",
     "racecheck": "races in shared memory",
     "initcheck": "reads of memory that was never written",
+    "synccheck": "barriers that not all threads reach",
 }
 
 

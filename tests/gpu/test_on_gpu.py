@@ -153,7 +153,17 @@ def test_the_program_for_the_sanitizers_runs():
     command = [sys.executable, "-W", "error", str(FOLDER / "exercise.py"), "--device", "cpu", "--backend", "reference"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "63 calls, forward and backward, on cpu\n"
+    assert done.stdout == "reference: 63 calls, forward and backward, on cpu\n"
+
+
+def test_the_program_for_the_sanitizers_launches_the_cuda_kernels():
+    """Emulated: what it does with them is right as well."""
+    program = "import sys, emulated, exercise; sys.argv[1:] = ['--device', 'cpu', '--backend', 'cuda']; exercise.main()"
+    paths = os.pathsep.join([str(FOLDER), str(FOLDER.parent)])
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "cuda: 79 calls, forward and backward, on cpu\n"
 
 
 def test_every_pattern_of_tests_finds_files():
