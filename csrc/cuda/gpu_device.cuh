@@ -72,7 +72,10 @@ FASTENC_DEVICE T load_global(const T* from) {
 }
 template <class T>
 FASTENC_DEVICE void store_global(T* to, T value) {
-  *to = value;
+  if constexpr (std::is_same_v<T, uint2> || std::is_same_v<T, uint4>)
+    __stwb(to, value);  // one access for certain: an assignment becomes several at times
+  else
+    *to = value;
 }
 template <class T>
 FASTENC_DEVICE T load_shared(const T* from) {

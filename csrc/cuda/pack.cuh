@@ -3,6 +3,8 @@
 // numbers.
 #pragma once
 
+#include <cstring>
+
 #include "tile.cuh"
 
 namespace fastenc::cuda {
@@ -11,35 +13,40 @@ template <class T, int kEach>
 struct alignas(kEach * sizeof(T)) Pack {
   T numbers[kEach];
 };
+// As memory has it.
+template <class T, int kEach>
+using PackWord = Word<kEach* static_cast<int>(sizeof(T))>;
 
 // The first `count` of the numbers from `from` on, and 0 for the others; `packed`: at once, count is 0 or kEach.
 template <int kEach, class T>
 FASTENC_DEVICE void load_numbers(float (&out)[kEach], const T* from, int64_t apart, int count, bool packed) {
-  using Numbers = Pack<T, kEach>;
   if (packed) {
-    Numbers pack = {};
-    if (count > 0) pack = load_global(reinterpret_cast<const Numbers*>(from));
+    PackWord<T, kEach> word = {};
+    if (count > 0) word = load_global(reinterpret_cast<const PackWord<T, kEach>*>(from));
+    Pack<T, kEach> pack;
+    std::memcpy(&pack, &word, sizeof word);
 #pragma unroll
     for (int e = 0; e < kEach; ++e) out[e] = to_float(pack.numbers[e]);
   } else {
 #pragma unroll
-    for (int e = 0; e < kEach; ++e) out[e] = e < count ? to_float(load_global(from + e * apart)) : 0.0f;
+    for (int e = 0; e < kEach; ++e, from += apart) out[e] = e < count ? to_float(load_global(from)) : 0.0f;
   }
 }
 
 // The reverse, rounded.
 template <int kEach, class T>
 FASTENC_DEVICE void store_numbers(T* to, const float (&values)[kEach], int64_t apart, int count, bool packed) {
-  using Numbers = Pack<T, kEach>;
   if (packed) {
-    Numbers pack;
+    Pack<T, kEach> pack;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) pack.numbers[e] = from_float<T>(values[e]);
-    if (count > 0) store_global(reinterpret_cast<Numbers*>(to), pack);
+    PackWord<T, kEach> word;
+    std::memcpy(&word, &pack, sizeof word);
+    if (count > 0) store_global(reinterpret_cast<PackWord<T, kEach>*>(to), word);
   } else {
 #pragma unroll
-    for (int e = 0; e < kEach; ++e)
-      if (e < count) store_global(to + e * apart, from_float<T>(values[e]));
+    for (int e = 0; e < kEach; ++e, to += apart)
+      if (e < count) store_global(to, from_float<T>(values[e]));
   }
 }
 
