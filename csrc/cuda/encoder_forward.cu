@@ -13,7 +13,7 @@ Status launch_warps(const EncoderForward& args, bool wide, Stream stream) {
 
 Status encoder_forward(const EncoderForward& args, Stream stream) {
   if (args.M == 0) return 0;
-  const bool wide = args.layers[args.depth - 1].N > kWidest;
+  const bool wide = ends_wide(args);
   return with_arithmetic(args.arithmetic, [&](auto arithmetic) {
     constexpr Arithmetic kArithmetic = decltype(arithmetic)::value;
     return wants_eight_warps(args.M, wide) ? launch_warps<kArithmetic, 8>(args, wide, stream)

@@ -2,17 +2,16 @@
 //
 // A block owns 64 or 128 rows of x, 16 to a warp, and takes them through all layers. In shared memory are
 //   kEncoderStages chunks of weights, [128][kStep], which the block's warps share;
-//   a tile for each warp, of 16 rows of kWidest floats and a little more. It holds in turn the warp's rows of x, in
-//     kEncoderStages chunks of [16][kStep]; a layer's sums, in fp32; and its outputs, rounded: each row of them lies
-//     over the beginning of its sums, and is what the next layer reads;
-//   for a wide last layer an outlet for each warp, with the sums of kWideChunk outputs.
+//   a tile for each warp. It holds in turn the warp's rows of x, in kEncoderStages chunks of [16][kStep]; a layer's
+//     sums, [16][128] in fp32; and its outputs, rounded, [16][128], which are the next layer's inputs.
 //
 // The layers are one list of steps. A step multiplies a chunk of kStep (64 bytes) of a layer's inputs by the weights of
 // all its outputs, or of kWideChunk outputs of a wide layer. What it needs from memory is copied two steps ahead of it,
 // whatever its layer, so that the next layer's weights are on their way while the present one computes. When a layer
-// has its sums, nobody needs its inputs any more, and the sums leave the registers for the tile, where a lane takes
-// four columns of four rows at a time through the bias and the activation. A wide layer does need its inputs for its
-// other outputs: hence the outlet.
+// has its sums, nobody needs its inputs any more, and the sums leave the registers for the tile. There a lane takes
+// four columns of four rows at a time through the bias and the activation. Row r of the outputs ends before row r + 1
+// of the sums begins: going down the rows, outputs take the place of sums that have been read. A wide layer, always the
+// last, does need its inputs for its other outputs. It puts its sums behind them, and its outputs nowhere in the tile.
 //
 // Warps read no tile but their own. Only the chunks of weights are shared, and the barrier of each step sees to them.
 //
@@ -59,19 +58,24 @@ struct EncoderForwardPlan {
   using T = Number<kArithmetic>;
   static constexpr int kThreads = 32 * kWarps, kRows = 16 * kWarps;
   static constexpr int kStep = 64 / sizeof(T);
-  static constexpr int kChunkLeading = leading<T>(kStep);
+  static constexpr int kChunkLeading = leading<T>(kStep), kTileLeading = leading<T>(kWidest);
+  static constexpr int kSumsLeading = leading<float>(kWidest, Sum::kOuter);
+  static constexpr int kWideSumsLeading = leading<float>(kWideChunk, Sum::kOuter);
   static constexpr int kWeights = static_cast<int>(kWidest) * kChunkLeading;  // elements of a chunk
-  static constexpr int kInputs = 16 * kChunkLeading;
-  static constexpr int kTileLeading = leading<T>(kWidest), kSumsLeading = leading<float>(kWidest, Sum::kOuter);
-  static constexpr int kOutletLeading = leading<float>(kWideChunk);
-  static constexpr int kTile = 16 * kSumsLeading * static_cast<int>(sizeof(float) / sizeof(T));
-  static_assert(kEncoderStages * kInputs <= kTile && kTileLeading * sizeof(T) <= kSumsLeading * sizeof(float));
+  static constexpr int kRowsOfX = 16 * kChunkLeading;                         // likewise
 
-  // In bytes, from the beginning of shared memory.
-  static constexpr int kTiles = kEncoderStages * kWeights * static_cast<int>(sizeof(T));
-  static constexpr int kOutlets = kTiles + kRows * kSumsLeading * static_cast<int>(sizeof(float));
-  static constexpr int kEnd = kOutlets + kRows * kOutletLeading * static_cast<int>(sizeof(float));
+  // In bytes.
+  static constexpr int kChunks = kEncoderStages * kWeights * static_cast<int>(sizeof(T));
+  static constexpr int kInputs = 16 * kTileLeading * static_cast<int>(sizeof(T));
+  static constexpr int kSums = 16 * kSumsLeading * static_cast<int>(sizeof(float));
+  static constexpr int kWideSums = 16 * kWideSumsLeading * static_cast<int>(sizeof(float));
+  static_assert(kEncoderStages * kRowsOfX * sizeof(T) <= kInputs && kInputs <= kSums);
+  FASTENC_INLINE static constexpr int tile_bytes(bool wide) {
+    return wide && kInputs + kWideSums > kSums ? kInputs + kWideSums : kSums;
+  }
 };
+
+FASTENC_INLINE bool ends_wide(const EncoderForward& args) { return args.layers[args.depth - 1].N > kWidest; }
 
 // From sums to outputs: 16 rows from `row` on, of the outputs from `n` on.
 //
@@ -149,7 +153,7 @@ FASTENC_DEVICE void finish_outputs(const StackLayer& layer, int64_t M, int64_t r
 // weight of l [N_l, inputs]  dtype of x, any strides; inputs is K, or N of the layer before
 // out of l    [M, N_l]       dtype of x, contiguous, or null; preact likewise
 // grid        ceil(M / kRows) blocks; one owns kRows rows of all outputs
-// shared      as in EncoderForwardPlan; outlets only for a wide last layer
+// shared      kEncoderStages chunks of weights, then a tile for each warp
 template <Arithmetic kArithmetic, int kWarps>
 FASTENC_KERNEL(32 * kWarps, 16 / kWarps)
 encoder_forward_kernel(const EncoderForward args, const int64_t steps) {
@@ -157,7 +161,8 @@ encoder_forward_kernel(const EncoderForward args, const int64_t steps) {
   using T = typename Plan::T;
   constexpr int kStep = Plan::kStep;
   T* const chunks = reinterpret_cast<T*>(shared_memory());
-  T* const tile = reinterpret_cast<T*>(shared_memory() + Plan::kTiles) + warp() * Plan::kTile;
+  unsigned char* const place = shared_memory() + Plan::kChunks + warp() * Plan::tile_bytes(ends_wide(args));
+  T* const tile = reinterpret_cast<T*>(place);
   const int64_t row = block() * Plan::kRows + warp() * 16;
   EncoderStep<kStep> ahead, here;
   float acc[1][kWidest / 8][4] = {};
@@ -171,14 +176,14 @@ encoder_forward_kernel(const EncoderForward args, const int64_t steps) {
                                   round_up(ahead.outputs(args), 32), kStep, Source<T>(layer.weight, layer.N, inputs),
                                   ahead.n(), ahead.k(), thread());
         if (ahead.layer == 0)
-          load_tile<32>(tile + stage * Plan::kInputs, Plan::kChunkLeading, 16, kStep, Source<T>(args.x, args.M, inputs),
-                        row, ahead.k(), lane());
+          load_tile<32>(tile + stage * Plan::kRowsOfX, Plan::kChunkLeading, 16, kStep,
+                        Source<T>(args.x, args.M, inputs), row, ahead.k(), lane());
         ahead.advance(args);
       },
       [&](int64_t, int stage) {
         const StackLayer& layer = args.layers[here.layer];
         const int columns = round_up(here.outputs(args), 32);
-        const T* const inputs = here.layer == 0 ? tile + stage * Plan::kInputs : tile + here.k();
+        const T* const inputs = here.layer == 0 ? tile + stage * Plan::kRowsOfX : tile + here.k();
         const int inputs_leading = here.layer == 0 ? Plan::kChunkLeading : Plan::kTileLeading;
         if (PLANTED(ForwardStaleWeights)) stage = (stage + kEncoderStages - 1) % kEncoderStages;
         const T* const weights = chunks + stage * Plan::kWeights;
@@ -191,17 +196,15 @@ encoder_forward_kernel(const EncoderForward args, const int64_t steps) {
         else
           multiply_columns(columns);
         if (here.ends_sums(args)) {
-          const bool wide = layer.N > kWidest && !PLANTED(ForwardWideThroughTile);
+          const bool wide = layer.N > kWidest;
           float* const sums =
-              wide ? reinterpret_cast<float*>(shared_memory() + Plan::kOutlets) + warp() * 16 * Plan::kOutletLeading
-                   : reinterpret_cast<float*>(tile);
-          const int sums_leading = wide ? Plan::kOutletLeading : Plan::kSumsLeading;
+              reinterpret_cast<float*>(place + (wide && !PLANTED(ForwardWideOverInputs) ? Plan::kInputs : 0));
+          const int sums_leading = wide ? Plan::kWideSumsLeading : Plan::kSumsLeading;
           if (!PLANTED(ForwardNoBarrierBeforeSums)) sync_warp();  // all lanes have read what the sums lie over
           put(sums, sums_leading, acc, columns);
           if (!PLANTED(ForwardNoBarrierAfterSums)) sync_warp();
           finish_outputs(layer, args.M, row, here.n(), columns, sums, sums_leading,
                          here.layer + 1 < args.depth ? tile : nullptr, Plan::kTileLeading);
-          if (!PLANTED(ForwardNoBarrierAfterOutputs)) sync_warp();
           for_each(acc, [](int, int, float& sum) {
             if (!PLANTED(ForwardKeptSums)) sum = 0.0f;
           });
@@ -213,11 +216,11 @@ encoder_forward_kernel(const EncoderForward args, const int64_t steps) {
 template <Arithmetic kArithmetic, int kWarps>
 constexpr Geometry encoder_forward_geometry(int64_t M, bool wide) {
   using Plan = EncoderForwardPlan<kArithmetic, kWarps>;
-  return {divide_up(M, Plan::kRows), Plan::kThreads, wide ? Plan::kEnd : Plan::kOutlets};
+  return {divide_up(M, Plan::kRows), Plan::kThreads, Plan::kChunks + kWarps * Plan::tile_bytes(wide)};
 }
 
-// Eight warps share their weights where that leaves enough blocks to fill a GPU. With outlets they would ask for more
-// shared memory than some GPUs have.
+// Eight warps share their weights where that leaves enough blocks to fill a GPU. With a wide layer they would ask for
+// more shared memory than some GPUs have.
 constexpr bool wants_eight_warps(int64_t M, bool wide) { return !wide && divide_up(M, 128) >= kMultiprocessors; }
 
 // Steps of the kernel with this arithmetic.
