@@ -80,7 +80,8 @@ FASTENC_INLINE bool ends_wide(const EncoderForward& args) { return args.layers[a
 // From sums to outputs: 16 rows from `row` on, of the outputs from `n` on.
 //
 // sums   [16, columns]  fp32, in rows of sums_leading
-// tile   [16, columns]  for the next layer, in rows of tile_leading that begin where those of sums do; null: not wanted
+// tile   [16, columns]  the outputs for the next layer, in rows of tile_leading; may lie over sums so that row r ends
+//                       before row r + 1 of sums begins; null: there is no next layer
 template <class T>
 FASTENC_DEVICE void finish_outputs(const StackLayer& layer, int64_t M, int64_t row, int64_t n, int columns,
                                    const float* sums, int sums_leading, T* tile, int tile_leading) {
