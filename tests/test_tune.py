@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import emulated
 import interpreter
 import pytest
 import torch
@@ -93,6 +94,27 @@ def test_what_was_measured_goes_before_the_rule(auto_on_this_device, ours, eager
         times = f"measured: {ours * 1000:.4g} us, eager PyTorch {eagers * 1000:.4g}"
         assert (times in of_stack.reason) == measured
         assert of_stack.backend == backend or not measured
+
+
+@pytest.mark.skipif(not emulated.EMULATED, reason="what is slow and what is fast is for the test to say")
+@pytest.mark.parametrize("fastest", ["eager", "cuda", "triton"])
+def test_all_that_are_usable_are_measured(auto_on_this_device, monkeypatch, fastest):
+    monkeypatch.setattr(cuda, "why_unavailable", lambda: None)
+    monkeypatch.setitem(ops._ON_DEVICE, "cpu", [cuda, triton])
+
+    def step(call) -> float:
+        call()
+        return 0.001 if ops._forced.get().replace("auto", "eager") == fastest else 0.002
+
+    model = encoder()
+    result = tune_function(model, X, tune.Timers(lambda call: 1.0, step, step))
+    assert [list(c.microseconds) for c in result.comparisons] == [["eager", "cuda", "triton"]] * 4
+    assert [c.choice for c in result.comparisons] == [fastest] * 4
+    choice.forget()  # as another process
+    with ops.record() as decisions:
+        model(X)
+    assert decisions[0].backend == fastest.replace("eager", "eager PyTorch")
+    assert "measured: " in decisions[0].reason
 
 
 def test_every_kernel_is_searched():
