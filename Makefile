@@ -56,7 +56,7 @@ gpu: gpu-there $(BUILD)/built $(VENV)/stamp-test
 gpu-there:
 	@nvidia-smi -L >/dev/null 2>&1 || { echo "fastenc: nvidia-smi finds no GPU here, and make gpu is for machines with one; without a GPU there is make test" >&2; exit 1; }
 
-resources: $(BUILD)/built
+resources: $(BUILD)/built $(VENV)/stamp-test
 	$(ENV_PYTHON) tests/gpu/compile.py --write
 	$(ENV_PYTHON) tests/gpu/cuda_resources.py --write
 
@@ -98,7 +98,7 @@ $(VENV)/stamp-%: pyproject.toml $(TORCH_STAMP)
 
 $(BUILD)/built: setup.py pyproject.toml $(CXX_FILES) $(VENV)/stamp-app
 	@mkdir -p $(BUILD)
-	@echo "fastenc: compiling the C++ extension, a minute or two, and where nvcc is the CUDA kernels, up to five more; the compilers' output is in $(BUILD)/log"
+	@echo "fastenc: compiling the C++ extension, a minute or two, and where nvcc is the CUDA kernels, two or three more (for one GPU alone: TORCH_CUDA_ARCH_LIST=8.0); the compilers' output is in $(BUILD)/log"
 	@rm -f build/*/built # of other environments: the libraries in fastenc/ are those of the last
 	@PATH="$(abspath $(VENV)/bin):$$PATH" $(ENV_PYTHON) setup.py --quiet build_ext --inplace --build-temp $(BUILD) >$(BUILD)/log 2>&1 || { tail -n 40 $(BUILD)/log; exit 1; }
 	@grep "^fastenc: " $(BUILD)/log

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -135,6 +137,16 @@ def test_kernels_need_nothing_that_may_change_with_torch_or_python(name):
     assert "PyModule_Create2" in symbols
     assert not {name for name in symbols if re.match(r"_ZN?K?(N2at|N3c10|N5torch)", name)}
     assert "torch_library_impl" in symbols  # torch's C functions: the stable ABI
+
+
+@pytest.mark.parametrize("name", ["_C", "_C_cuda"] if "cuda" in BUILD else ["_C"])
+def test_libraries_load_without_a_gpu(name):
+    # In a process of its own: the tests' emulated CUDA operators have the names of the real ones.
+    program = f"import torch, fastenc.{name} as library; print(library.__file__)"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == Path(importlib.util.find_spec(f"fastenc.{name}").origin)
 
 
 def test_autograd_library_is_there_and_knows_no_python():

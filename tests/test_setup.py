@@ -69,7 +69,8 @@ def toolkits(in_root, monkeypatch, tmp_path):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     monkeypatch.setenv("PATH", os.pathsep.join(path for path in os.get_exec_path() if not Path(path, "nvcc").exists()))
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    monkeypatch.setattr(Path, "glob", lambda folder, pattern: iter(()))  # those in /usr/local and pip's
+    glob = Path.glob  # finds those in /usr/local, too
+    monkeypatch.setattr(Path, "glob", lambda *args: (path for path in glob(*args) if tmp_path in path.parents))
     return prefer
 
 
@@ -183,6 +184,14 @@ def test_the_toolkit_that_fits_is_taken_from_behind_a_script(setup, toolkits, mo
     assert [version for _, version in setup["find_toolkits"]()] == ["12.8.7", "13.2.7"]
     setup["extension_arguments"]("auto", "auto")
     assert str(tmp_path / "other") == cpp_extension.CUDA_HOME
+
+
+def test_the_toolkit_of_pip_is_found(setup, toolkits, monkeypatch, tmp_path):
+    toolkits(None)
+    home = make_toolkit(tmp_path / "site" / "nvidia" / "cu13", "13.1")
+    assert setup["find_toolkits"]() == []
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert setup["find_toolkits"]() == [(home, "13.1.7")]
 
 
 def test_cuda_jobs(setup, toolkits, monkeypatch):
