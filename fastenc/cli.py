@@ -297,10 +297,10 @@ def tune(
     dtype: Annotated[str, choice("Number format", *TUNED_DTYPES)] = "bf16",
     activation: Annotated[str, choice("Activation of the layers", *ACTIVATIONS)] = "relu",
 ) -> None:
-    """Measure the Triton kernels on this GPU for an encoder of your own, and keep what is fastest.
+    """Measure the kernels on this GPU for an encoder of your own, and keep what is fastest.
 
-    Both sides are measured, the kernels and eager PyTorch, and the faster one is chosen from then on. What is kept is
-    shown by fastenc info.
+    The kernels in Triton, those in CUDA C++ if they are built, and eager PyTorch are measured, and the fastest is
+    chosen from then on. What is kept is shown by fastenc info.
     """
     if reason := BACKENDS["triton"].why_unavailable():
         typer.echo(f"fastenc: there is nothing to tune here: {reason}", err=True)
