@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -83,5 +84,5 @@ def random_cases(seed: int) -> Iterator[Case]:
             widths = (size(generator, 300), *hidden, size(generator, generator.choice((128, 128, 300))))
         else:
             widths = (size(generator, 300), size(generator, 300))
-        if op == "reduce" or M * sum(a * b for a, b in zip(widths, widths[1:], strict=False)) < 1_000_000:
+        if op == "reduce" or M * sum(a * b for a, b in itertools.pairwise(widths)) < 1_000_000:
             yield varied(generator, Case(op, arithmetic, M, widths))

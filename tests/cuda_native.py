@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -56,6 +57,7 @@ class Case:
     weight: str = "contiguous"
     grad_out: str = "contiguous"
     saved: str = "contiguous"
+    infinite: str = "none"  # x, weight or grad_out: its first number is Inf
     bias: bool = True
     save: bool = True
     wanted: int = -1
@@ -174,11 +176,12 @@ def closure(source: Path) -> str:
 
 
 def made(target: Path, command: Sequence[str | Path]) -> Path:
-    """`target`, made by `command` -o unless it is there; it takes the place of those made of other sources."""
+    """`target`, made by `command` -o unless it is there. Those made of other sources go when they are a day old."""
     if target.exists():
         return target
     for old in target.parent.glob(target.name.rpartition("-")[0] + "-*"):
-        old.unlink()
+        if old.stat().st_mtime < time.time() - 24 * 3600:
+            old.unlink(missing_ok=True)
     unfinished = target.with_name(f"unfinished-{os.getpid()}-{target.name}")
     result = subprocess.run([*command, "-o", unfinished], capture_output=True, text=True)
     assert result.returncode == 0, f"{target.name} does not build:\n{result.stderr[-6000:]}"

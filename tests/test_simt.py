@@ -279,7 +279,7 @@ def test_rounding_to_tf32():
 
 def traffic(space: str, size: int, offsets: np.ndarray) -> dict[str, int]:
     counts = np.zeros(5, np.int64)
-    machine().count_access(int(space == "shared"), size, pointer(offsets.astype(np.int32)), pointer(counts))
+    machine().count_one_access(int(space == "shared"), size, pointer(offsets.astype(np.int32)), pointer(counts))
     return dict(zip(("accesses", "bytes", "moved", "passes", "least"), counts.tolist(), strict=True))
 
 

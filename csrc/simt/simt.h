@@ -91,7 +91,10 @@ struct Traffic {
 enum class Space { kGlobalLoad, kGlobalStore, kSharedLoad, kSharedStore };
 using Site = std::pair<std::string, Space>;  // "file:line"
 inline bool counting = false;
-void note(Space space, const void* address, int bytes, const char* file, int line);
+void count_access(Space space, const void* address, int bytes, const char* file, int line);
+inline void note(Space space, const void* address, int bytes, const char* file, int line) {
+  if (counting) count_access(space, address, bytes, file, line);
+}
 const std::map<Site, Traffic>& traffic();
 void forget_traffic();
 

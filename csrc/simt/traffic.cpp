@@ -56,8 +56,7 @@ void count_passes(const std::vector<Access>& lanes, Traffic& traffic) {
 
 }  // namespace
 
-void note(Space space, const void* address, int bytes, const char* file, int line) {
-  if (!counting) return;
+void count_access(Space space, const void* address, int bytes, const char* file, int line) {
   const Quiet quiet;
   const std::string path = file;
   const Site site = {path.substr(path.rfind('/') + 1) + ":" + std::to_string(line), space};

@@ -24,7 +24,7 @@ Roundoff roundoff(Arithmetic arithmetic) {
 
 double value_of(ActivationKind activation, double z) {
   switch (activation) {
-    case ActivationKind::kRelu: return z > 0 ? z : 0;
+    case ActivationKind::kRelu: return z <= 0 ? 0 : z;
     case ActivationKind::kLeakyRelu: return z > 0 ? z : z * 0.01;
     case ActivationKind::kSigmoid: return 1 / (1 + std::exp(-z));
     case ActivationKind::kTanh: return std::tanh(z);
@@ -38,7 +38,6 @@ double value_of(ActivationKind activation, double z) {
 double derivative_of(ActivationKind activation, double saved) {
   const double x = saved;
   switch (activation) {
-    case ActivationKind::kRelu: return x > 0 ? 1 : 0;
     case ActivationKind::kLeakyRelu: return x > 0 ? 1 : 0.01;
     case ActivationKind::kSigmoid: return x * (1 - x);
     case ActivationKind::kTanh: return 1 - x * x;
@@ -55,14 +54,20 @@ double derivative_of(ActivationKind activation, double saved) {
   }
 }
 
-// An error of Inf times 0 is none that is known.
-double known(double error) { return std::isnan(error) ? INFINITY : error; }
+// Where the value is NaN or Inf a result must be just that. Where only the error is, nothing is known.
+Bounded bounded(double value, double error) {
+  return {value, !std::isfinite(value) ? 0 : std::isnan(error) ? INFINITY : error};
+}
+
+bool is_within(double actual, const Bounded& wanted) {
+  if (std::isnan(wanted.value)) return std::isnan(actual);
+  return std::isinf(wanted.error) || actual == wanted.value || std::abs(actual - wanted.value) <= wanted.error;
+}
 
 // What tensor cores make of fp32 operands; 16-bit ones are taken as they are.
 Grid as_operand(Arithmetic arithmetic, Grid a) {
   if (arithmetic != Arithmetic::kTf32) return a;
-  for (Bounded& x : a.values)
-    if (std::abs(x.value) != 0 || x.error != 0) x.error += 0x1p-11 * (std::abs(x.value) + x.error);
+  for (Bounded& x : a.values) x = bounded(x.value, x.error + 0x1p-11 * (std::abs(x.value) + x.error));
   return a;
 }
 
@@ -98,8 +103,7 @@ Grid product(Arithmetic arithmetic, const Grid& a, const Grid& b) {
         sum.error += std::abs(x.value) * y.error + x.error * std::abs(y.value) + x.error * y.error;
         magnitude += (std::abs(x.value) + x.error) * (std::abs(y.value) + y.error);
       }
-      sum.error = known(sum.error + gamma * magnitude);
-      grid.values.push_back(sum);
+      grid.values.push_back(bounded(sum.value, sum.error + gamma * magnitude));
     }
   return grid;
 }
@@ -114,7 +118,7 @@ Grid with_bias(Grid z, const Grid& bias) {
     for (int64_t c = 0; c < z.cols; ++c) {
       Bounded& x = z.at(r, c);
       x.value += bias.at(0, c).value;
-      x.error += kUnit * (std::abs(x.value) + x.error);
+      x = bounded(x.value, x.error + kUnit * (std::abs(x.value) + x.error));
     }
   return z;
 }
@@ -124,7 +128,8 @@ Grid activate(ActivationKind activation, Grid z) {
     const double value = value_of(activation, x.value);
     // No slope exceeds 1.13; the formulas have fewer than 16 roundings of numbers no larger than these.
     const bool rounds = activation != ActivationKind::kIdentity && activation != ActivationKind::kRelu;
-    x = {value, 1.13 * x.error + (rounds ? 16 * kUnit * (std::abs(x.value) + x.error + std::abs(value)) : 0)};
+    const double size = std::isfinite(x.value) ? std::abs(x.value) + x.error : 0;
+    x = bounded(value, 1.13 * x.error + (rounds ? 16 * kUnit * (size + std::abs(value)) : 0));
   }
   return z;
 }
@@ -133,10 +138,13 @@ Grid differentiate(ActivationKind activation, Grid grad, const Grid& saved) {
   for (size_t i = 0; i < grad.values.size(); ++i) {
     Bounded& x = grad.values[i];
     if (activation == ActivationKind::kIdentity) continue;
+    if (activation == ActivationKind::kRelu) {
+      if (saved.values[i].value <= 0) x = {};  // even of Inf
+      continue;
+    }
     const double s = saved.values[i].value, slope = derivative_of(activation, s);
-    const bool rounds = activation != ActivationKind::kRelu;
-    const double slope_error = rounds ? 16 * kUnit * (1 + std::abs(slope) + s * s) : 0;
-    x = {x.value * slope, known(x.error * std::abs(slope) + (std::abs(x.value) + x.error) * slope_error)};
+    const double slope_error = 16 * kUnit * (1 + std::abs(slope) + s * s);
+    x = bounded(x.value * slope, x.error * std::abs(slope) + (std::abs(x.value) + x.error) * slope_error);
   }
   return grad;
 }
@@ -144,6 +152,7 @@ Grid differentiate(ActivationKind activation, Grid grad, const Grid& saved) {
 Grid rounded(Arithmetic arithmetic, Grid a) {
   const Roundoff unit = roundoff(arithmetic);
   for (Bounded& x : a.values) {
+    if (!std::isfinite(x.value)) continue;
     x.error += unit.relative * (std::abs(x.value) + x.error) + unit.least;
     if (std::abs(x.value) + x.error > unit.most) x.error = INFINITY;
   }
@@ -156,7 +165,7 @@ std::string compare(Arithmetic arithmetic, const char* name, const void* result,
     for (int64_t c = 0; c < bounds.cols; ++c) {
       const double actual = read(arithmetic, result, r * bounds.cols + c);
       const Bounded& wanted = bounds.at(r, c);
-      if (std::isfinite(wanted.error) && !(std::abs(actual - wanted.value) <= wanted.error))
+      if (!is_within(actual, wanted))
         return std::string(name) + "[" + std::to_string(r) + ", " + std::to_string(c) + "] is " +
                std::to_string(actual) + ", not " + std::to_string(wanted.value) + " within " +
                std::to_string(wanted.error);

@@ -1,5 +1,6 @@
 #include "cuda_case.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <sstream>
@@ -113,6 +114,12 @@ Matrix Buffers::matrix(int64_t rows, int64_t cols, const std::string& kind, floa
     write(arithmetic_, data, i, scale * (integers_ ? static_cast<float>(bits % 5 - 2) : any));
   }
   return {data + offset * item_size(arithmetic_), row_stride, col_stride};
+}
+
+Matrix Buffers::input(const Case& c, const std::string& name, int64_t rows, int64_t cols, float scale) {
+  const Matrix result = matrix(rows, cols, c.text(name), scale);
+  if (c.text("infinite") == name) write(arithmetic_, const_cast<void*>(result.data), 0, INFINITY);
+  return result;
 }
 
 Matrix Buffers::saved(int64_t rows, int64_t cols, const std::string& kind) {

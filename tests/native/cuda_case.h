@@ -44,7 +44,9 @@ class Buffers {
   // kind: contiguous, transposed, expanded (all rows one), scalar (all numbers one), misaligned (by one element),
   // padded (rows apart), strided (columns apart) or reversed (the last row first).
   Matrix matrix(int64_t rows, int64_t cols, const std::string& kind, float scale = 1.0f);
-  // What a forward pass saved: between -1 and 1, as a derivative grows beyond.
+  // The strides are of the kind that the case has under this name; the first number is Inf if it says so.
+  Matrix input(const Case& c, const std::string& name, int64_t rows, int64_t cols, float scale = 1.0f);
+  // What a forward pass saved: between -1 and 1, as derivatives are large elsewhere.
   Matrix saved(int64_t rows, int64_t cols, const std::string& kind);
   const void* vector(int64_t count) { return matrix(1, count, "contiguous").data; }
   // NaN until they are written.

@@ -28,7 +28,7 @@ std::string compare_wanted(Arithmetic arithmetic, const char* name, const void* 
 std::string dense_forward_case(const Case& c, Buffers& buffers) {
   const int64_t M = c.M, K = c.widths.at(0), N = c.widths.at(1);
   const ActivationKind activation = c.activations.at(0);
-  const Matrix x = buffers.matrix(M, K, c.text("x")), weight = buffers.matrix(N, K, c.text("weight"));
+  const Matrix x = buffers.input(c, "x", M, K), weight = buffers.input(c, "weight", N, K);
   const void* bias = c.number("bias") ? buffers.vector(N) : nullptr;
   void* out = buffers.output(M * N);
   void* preact = c.number("save") ? buffers.output(M * N) : nullptr;
@@ -44,7 +44,7 @@ std::string dense_forward_case(const Case& c, Buffers& buffers) {
 std::string preact_gradient_case(const Case& c, Buffers& buffers) {
   const int64_t M = c.M, N = c.widths.at(1);
   const ActivationKind activation = c.activations.at(0);
-  const Matrix grad_out = buffers.matrix(M, N, c.text("grad_out")), saved = buffers.saved(M, N, c.text("saved"));
+  const Matrix grad_out = buffers.input(c, "grad_out", M, N), saved = buffers.saved(M, N, c.text("saved"));
   void* grad_preact = wants_grad_x(c) ? buffers.output(M * N) : nullptr;
   void* grad_bias = wants_grad_bias(c, 0) ? buffers.output(N) : nullptr;
   PreactGradient args = {c.arithmetic, M, N, grad_out, saved, activation, grad_preact, grad_bias, nullptr};
@@ -60,8 +60,8 @@ std::string preact_gradient_case(const Case& c, Buffers& buffers) {
 std::string dense_backward_case(const Case& c, Buffers& buffers) {
   const int64_t M = c.M, K = c.widths.at(0), N = c.widths.at(1);
   const ActivationKind activation = c.activations.at(0);
-  const Matrix grad_out = buffers.matrix(M, N, c.text("grad_out")), saved = buffers.saved(M, N, c.text("saved"));
-  const Matrix x = buffers.matrix(M, K, c.text("x")), weight = buffers.matrix(N, K, c.text("weight"));
+  const Matrix grad_out = buffers.input(c, "grad_out", M, N), saved = buffers.saved(M, N, c.text("saved"));
+  const Matrix x = buffers.input(c, "x", M, K), weight = buffers.input(c, "weight", N, K);
   void* grad_x = wants_grad_x(c) ? buffers.output(M * K) : nullptr;
   void* grad_weight = wants_grad_weight(c, 0) ? buffers.output(N * K) : nullptr;
   void* grad_bias = wants_grad_bias(c, 0) ? buffers.output(N) : nullptr;
@@ -82,7 +82,7 @@ std::string dense_backward_case(const Case& c, Buffers& buffers) {
 
 std::string weight_partials_case(const Case& c, Buffers& buffers) {
   const int64_t M = c.M, K = c.widths.at(0), N = c.widths.at(1), parts = weight_parts(M, N, K);
-  const Matrix grad_preact = buffers.matrix(M, N, c.text("grad_out")), x = buffers.matrix(M, K, c.text("x"));
+  const Matrix grad_preact = buffers.input(c, "grad_out", M, N), x = buffers.input(c, "x", M, K);
   auto* partials = static_cast<float*>(buffers.output_bytes(parts * N * K * 4));
   check(weight_partials({c.arithmetic, M, N, K, grad_preact, x, partials}, nullptr));
 

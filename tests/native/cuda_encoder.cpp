@@ -10,7 +10,7 @@ namespace {
 std::vector<Matrix> weights_of(const Case& c, Buffers& buffers) {
   std::vector<Matrix> weights;
   for (size_t l = 0; l < c.activations.size(); ++l)
-    weights.push_back(buffers.matrix(c.widths.at(l + 1), c.widths.at(l), c.text("weight"), 0.125f));
+    weights.push_back(buffers.input(c, "weight", c.widths.at(l + 1), c.widths.at(l), 0.125f));
   return weights;
 }
 
@@ -25,7 +25,7 @@ Grid contiguous(const Case& c, const void* data, int64_t cols) {
 std::string encoder_forward_case(const Case& c, Buffers& buffers) {
   const bool save = c.number("save");
   EncoderForward args = {c.arithmetic, c.M, c.widths.at(0), c.depth(), {}, {}};
-  args.x = buffers.matrix(c.M, args.K, c.text("x"));
+  args.x = buffers.input(c, "x", c.M, args.K);
   const std::vector<Matrix> weights = weights_of(c, buffers);
   for (int64_t l = 0; l < args.depth; ++l) {
     const int64_t N = c.widths.at(static_cast<size_t>(l + 1));
@@ -62,8 +62,8 @@ std::string encoder_backward_case(const Case& c, Buffers& buffers) {
   args.M = c.M;
   args.K = c.widths.at(0);
   args.depth = c.depth();
-  args.x = buffers.matrix(c.M, args.K, c.text("x"));
-  args.grad_out = buffers.matrix(c.M, c.widths.back(), c.text("grad_out"));
+  args.x = buffers.input(c, "x", c.M, args.K);
+  args.grad_out = buffers.input(c, "grad_out", c.M, c.widths.back());
   args.grad_x = wants_grad_x(c) ? buffers.output(c.M * args.K) : nullptr;
   const std::vector<Matrix> weights = weights_of(c, buffers);
   bool below = wants_grad_x(c);  // whether a gradient of this layer or one below is wanted

@@ -219,7 +219,7 @@ void round_to_tf32(const float* from, uint32_t* to, int64_t count) {
 }
 
 // One access of a warp, of `bytes` by each lane at its offset; counts: accesses, bytes, moved, passes, least.
-void count_access(int shared, int bytes, const int* offsets, int64_t* counts) {
+void count_one_access(int shared, int bytes, const int* offsets, int64_t* counts) {
   alignas(128) static unsigned char memory[1 << 14];
   simt::forget_traffic();
   simt::counting = true;
