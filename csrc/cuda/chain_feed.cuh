@@ -35,11 +35,11 @@ struct ChainLayer {
 
 struct Chain {
   int64_t M, rows_per_block;
-  int last, lowest;           // layers
-  int tile_leading, leading;  // of the tiles in the ring, and of G
-  Matrix grad_out;            // [M, N of the last layer]
-  void* grad_x;               // [M, K] contiguous, or null
-  float* sums;                // [blocks, stride]
+  int last, lowest;                           // layers
+  int weight_leading, rows_leading, leading;  // of the tiles of weights and of rows in the ring, and of G
+  Matrix grad_out;                            // [M, N of the last layer]
+  void* grad_x;                               // [M, K] contiguous, or null
+  float* sums;                                // [blocks, stride]
   int64_t stride;
   ChainLayer layers[kDeepest];
 };
@@ -54,9 +54,9 @@ template <class T>
 struct ChainShared {
   // Sums of the columns: of a tile by each row of warps, and of all tiles so far by each layer.
   static constexpr int kColumnSums = (ChainTile<T>::kWarpsM + static_cast<int>(kDeepest)) * static_cast<int>(kWidest);
-  static constexpr int64_t bytes(int tile_leading, int leading) {
+  static constexpr int64_t bytes(int weight_leading, int leading) {
     return int64_t{kColumnSums} * sizeof(float) +
-           int64_t{ChainTile<T>::kRows} * (kChainSlots * tile_leading + leading) * sizeof(T);
+           int64_t{ChainTile<T>::kRows} * (kChainSlots * weight_leading + leading) * sizeof(T);
   }
 };
 
@@ -86,7 +86,7 @@ class ChainFeed {
   static constexpr int kRows = ChainTile<T>::kRows;
   enum Part { kGradOut, kSaved, kWeight, kInput };
 
-  FASTENC_DEVICE T* slot(int number) const { return ring_ + number * kRows * args_.tile_leading; }
+  FASTENC_DEVICE T* slot(int number) const { return ring_ + number * kRows * args_.weight_leading; }
 
   FASTENC_DEVICE void load() {
     if (row_ < end_) {
@@ -99,7 +99,7 @@ class ChainFeed {
       const int64_t cols = part_ == kGradOut || part_ == kSaved ? layer.N : layer.in;
       const int64_t col = weight ? k_ : part_ == kInput ? 0 : chunk_;
       const int64_t left = layer.N - n_;
-      load_tile<kChainThreads>(slot(loaded_), args_.tile_leading,
+      load_tile<kChainThreads>(slot(loaded_), weight ? args_.weight_leading : args_.rows_leading,
                                weight && left < kRows ? round_up(static_cast<int>(left), 16) : kRows,
                                chain_width(cols, col), Source<T>(matrix, weight ? layer.N : args_.M, cols),
                                weight ? n_ : row_, col, thread());

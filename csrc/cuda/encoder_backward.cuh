@@ -17,13 +17,13 @@ constexpr int64_t chain_tile_rows(Arithmetic arithmetic) {
   return item_size(arithmetic) == 2 ? ChainTile<uint16_t>::kRows : ChainTile<float>::kRows;
 }
 
-constexpr int chain_leading(Arithmetic arithmetic, int width) {
-  return item_size(arithmetic) == 2 ? leading<uint16_t>(width, Sum::kOuter) : leading<float>(width, Sum::kOuter);
+constexpr int chain_leading(Arithmetic arithmetic, int width, Sum sum) {
+  return item_size(arithmetic) == 2 ? leading<uint16_t>(width, sum) : leading<float>(width, sum);
 }
 
-constexpr int64_t chain_shared_bytes(Arithmetic arithmetic, int tile_leading, int g_leading) {
-  return item_size(arithmetic) == 2 ? ChainShared<uint16_t>::bytes(tile_leading, g_leading)
-                                    : ChainShared<float>::bytes(tile_leading, g_leading);
+constexpr int64_t chain_shared_bytes(Arithmetic arithmetic, int weight_leading, int g_leading) {
+  return item_size(arithmetic) == 2 ? ChainShared<uint16_t>::bytes(weight_leading, g_leading)
+                                    : ChainShared<float>::bytes(weight_leading, g_leading);
 }
 
 constexpr int64_t count_pieces(int64_t N, int64_t in) { return divide_up(N, 16) * divide_up(in, 16); }
@@ -142,10 +142,12 @@ struct EncoderBackwardPlan {
       widest = std::max(widest, chain_width(of.N, 0));
       if (layer.weight.data || layer.input.data) widest_read = std::max(widest_read, chain_width(layer.in, 0));
     }
-    chain.tile_leading = chain_leading(args_.arithmetic, widest_read);
-    chain.leading = chain_leading(args_.arithmetic, widest);
+    const Sum rows_sum = args_.arithmetic == Arithmetic::kTf32 ? Sum::kInner : Sum::kOuter;
+    chain.weight_leading = chain_leading(args_.arithmetic, widest_read, Sum::kOuter);
+    chain.rows_leading = chain_leading(args_.arithmetic, widest_read, rows_sum);
+    chain.leading = chain_leading(args_.arithmetic, widest, rows_sum);
     const int64_t blocks = args_.M == 0 ? 0 : divide_up(args_.M, chain.rows_per_block);
-    geometry = {blocks, kChainThreads, chain_shared_bytes(args_.arithmetic, chain.tile_leading, chain.leading)};
+    geometry = {blocks, kChainThreads, chain_shared_bytes(args_.arithmetic, chain.weight_leading, chain.leading)};
     chain.sums = static_cast<float*>(take(blocks * chain.stride * static_cast<int64_t>(sizeof(float))));
     for (int l = last; l >= lowest; --l) {
       const ChainLayer& layer = chain.layers[l];

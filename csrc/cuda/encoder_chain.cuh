@@ -160,16 +160,21 @@ class ChainBlock {
           tile_ = feed_.next();
           multiply<kArithmetic, Sum::kInner, Sum::kOuter>(
               below, g_ + Tile::warp_row() * args_.leading + n, args_.leading, tile_ + columns.first,
-              args_.tile_leading, /* depth */ width - n < Tile::kRows ? width - n : Tile::kRows, columns.count);
+              args_.weight_leading, /* depth */ width - n < Tile::kRows ? width - n : Tile::kRows, columns.count);
         }
         if (l == 0) store_grad_x(layer, k, width_below, columns, below);
       }
     }
     if (layer.input.data) {
       tile_ = feed_.next();
+      // TF32 reads G along its rows above, and across them here. Its leading suits the former; the latter goes by every
+      // other row, whose numbers lie in different banks again.
+      constexpr int kApart = kArithmetic == Arithmetic::kTf32 ? 2 : 1;
       for_pieces(pieces_, layer, [&](typename Tile::Piece& piece, int n, int k) {
-        multiply<kArithmetic, Sum::kOuter, Sum::kOuter>(piece, g_ + n, args_.leading, tile_ + k, args_.tile_leading,
-                                                        Tile::kRows);
+        for (int first = 0; first < kApart; ++first)
+          multiply<kArithmetic, Sum::kOuter, Sum::kOuter>(piece, g_ + first * args_.leading + n, kApart * args_.leading,
+                                                          tile_ + first * args_.rows_leading + k,
+                                                          kApart * args_.rows_leading, Tile::kRows / kApart);
       });
     }
 #pragma unroll
@@ -183,12 +188,12 @@ class ChainBlock {
     const WarpColumns columns(width, Tile::kWarpsN);
     if (l == args_.last) {
       tile_ = feed_.next();
-      with_tile<T>(grad, tile_, args_.tile_leading, columns, [](float& z, float value) { z = value; });
+      with_tile<T>(grad, tile_, args_.rows_leading, columns, [](float& z, float value) { z = value; });
     }
     if (layer.saved.data) tile_ = feed_.next();
     with_activation(args_.layers[PLANTED(ChainWrongLayer) ? args_.last : l].activation, [&](auto activation) {
       if constexpr (!std::is_same_v<decltype(activation), Identity>)
-        with_tile<T>(grad, tile_, args_.tile_leading, columns,
+        with_tile<T>(grad, tile_, args_.rows_leading, columns,
                      [](float& z, float saved) { z = decltype(activation)::backward(z, saved); });
     });
     const int cols = chain_columns(layer.N, chunk);
@@ -226,9 +231,9 @@ class ChainBlock {
   FASTENC_DEVICE void store_grad_x(const ChainLayer& layer, int64_t k, int width, const WarpColumns& columns,
                                    Fragments& below) {
     if (!PLANTED(ChainNoBarrierBeforeStaging)) sync_block();
-    put(tile_ + Tile::warp_row() * args_.tile_leading + columns.first, args_.tile_leading, below, columns.count);
+    put(tile_ + Tile::warp_row() * args_.weight_leading + columns.first, args_.weight_leading, below, columns.count);
     if (!PLANTED(ChainNoBarrierBeforeStore)) sync_block();
-    store(args_.grad_x, layer.in, k, width, tile_, args_.tile_leading);
+    store(args_.grad_x, layer.in, k, width, tile_, args_.weight_leading);
     for_each(below, [](int, int, float& z) { z = 0.0f; });
   }
 
