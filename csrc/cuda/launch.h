@@ -1,5 +1,5 @@
-// What the CUDA kernels do, as plain functions on raw pointers: no torch. Each is in the .cuh file of its name,
-// compiled by nvcc for GPUs and, over csrc/simt, by a C++ compiler for tests.
+// What the CUDA kernels do, as plain functions on raw pointers: no torch. Each is in the .cu file of its name, its
+// kernel in the .cuh; compiled by nvcc for GPUs and, over csrc/simt, by a C++ compiler for tests.
 //
 // M rows, K in features, N out features. All sums are fp32, in a fixed order; one rounding, at the store.
 #pragma once
