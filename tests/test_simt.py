@@ -103,7 +103,7 @@ FAULTS = {
     "33 threads": "whole warps",
     "2048 threads": "at most 1024 threads",
     "no blocks": "a grid is too large, or empty",
-    "more shared memory than any GPU has": "232449 bytes",
+    "more shared memory than every GPU has": "101377 bytes",
 }
 
 

@@ -23,7 +23,7 @@ namespace simt {
 namespace {
 
 constexpr unsigned kWarp = 32;
-constexpr size_t kMostShared = 232448;  // bytes a block can have on sm_90
+constexpr size_t kMostShared = 101376;  // bytes a block can have on every GPU from compute capability 8.0 on
 
 enum class Waits { kNot, kBlock, kWarp };
 

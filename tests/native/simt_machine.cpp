@@ -77,7 +77,7 @@ const std::map<std::string, std::function<void()>> kWrong = {
     {"33 threads", [] { run([] {}, 33); }},
     {"2048 threads", [] { run([] {}, 2048); }},
     {"no blocks", [] { run([] {}, 32, 0, 0); }},
-    {"more shared memory than any GPU has", [] { run([] {}, 32, 232449); }},
+    {"more shared memory than every GPU has", [] { run([] {}, 32, 101377); }},
 };
 
 }  // namespace
