@@ -1,8 +1,8 @@
 """What `auto` chooses between a GPU backend and eager PyTorch: as measured by `fastenc.tune`, else by `rule`.
 
-One measurement compares all that were there, and the fastest of them is taken. Where nothing was measured, each is
-compared with eager PyTorch by the rule, and the first in the order of `BACKENDS` that is faster is taken: by the rule
-that is the better one, as launches from C++ cost the host less than Triton's.
+Backends are asked in the order of KERNELS. One says yes if it is faster than eager PyTorch and not slower than those
+after it that are usable: those before it could not take the layers, or were slower. What was measured was so for all of
+them at once; what was not in that measurement is not chosen.
 """
 
 from __future__ import annotations
@@ -59,18 +59,30 @@ def problem_of(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str],
 def _verdict(
     backend: str, is_narrow: Callable[[Sequence[int]], bool], problem: rule.Problem, device: torch.device
 ) -> Verdict:
+    later = list(KERNELS)[list(KERNELS).index(backend) + 1 :]
     measured = tuning().choice(_kind(problem), device) if tuning() else None
     if measured is not None:
-        names = {"eager": "eager PyTorch", **{name: name for name in KERNELS if name != backend}}
-        others = [f"{name} {measured[f'{key}_us']:.4g}" for key, name in names.items() if f"{key}_us" in measured]
-        ours = measured.get(f"{backend}_us")
-        words = f"measured: {', '.join(others)}" if ours is None else f"measured: {ours:.4g} us, {', '.join(others)}"
-        return Verdict(measured["backend"] == backend, words)
+        times = {name: measured[f"{name}_us"] for name in ("eager", *KERNELS) if f"{name}_us" in measured}
+        ours = times.get(backend, float("inf"))
+        chosen = ours < times["eager"] and all(ours <= times.get(name, ours) for name in later)
+        named = (f"{name} {time:.4g}" for name, time in times.items())
+        return Verdict(chosen, f"measured, in us: {', '.join(named).replace('eager', 'eager PyTorch')}")
     if len(problem.activations) > 1 and not is_narrow(problem.widths[1:]):
         return Verdict(False, "too wide or too deep a stack for one kernel")
-    ratio = rule.ratio(problem, gpu.arch(device), KERNELS[backend])
+    ratio = _modelled(backend, problem, device)
     words = f"modelled, not measured: eager PyTorch takes {ratio:.2g} times as long"
+    for name in later:
+        if _modelled(name, problem, device) > ratio and _is_usable(name):
+            return Verdict(False, f"{words}, and {name} less")
     return Verdict(ratio * rule.GAIN > 1, words)
+
+
+def _modelled(backend: str, problem: rule.Problem, device: torch.device) -> float:
+    return rule.ratio(problem, gpu.arch(device), KERNELS[backend])
+
+
+def _is_usable(backend: str) -> bool:
+    return importlib.import_module(f"fastenc.backends.{backend}").why_unavailable() is None
 
 
 def choose(problem: rule.Problem, device: torch.device, microseconds: Mapping[str, float]) -> str | None:

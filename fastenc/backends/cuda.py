@@ -5,8 +5,9 @@ Narrow stacks are ours in both directions, as are dense layers where `rule.fuses
 Where it does not, cuBLAS makes the products, through ATen: forward `F.linear` and PyTorch's activation, backward our
 one pass that writes dZ and sums the bias's gradient, then two `torch.mm`. That holds for a forced backend as well.
 
-Of cuBLASLt's epilogues, which `torch._addmm_activation` offers, relu's gives 0 for NaN, where PyTorch gives NaN, and so
-is not used. That of gelu (by tanh) is, for the 16-bit types in inference: it gives no pre-activation.
+Of cuBLASLt's epilogues, which `torch._addmm_activation` offers, relu's gives 0 for NaN where PyTorch gives NaN
+(NVIDIA developer forum, topic 329783), and so is not used. That of gelu (by tanh) is, in inference, as it gives no
+pre-activation, and for the 16-bit types, as it is not said how exact it is.
 
 The operators wait for nothing and allocate by PyTorch alone: there is nothing to do to capture them in a CUDA graph.
 """
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ def why_unavailable() -> str | None:
     """Why no kernel can run in this process, in words, or None. Loads the extension where there is a GPU for it."""
     if emulated():
         return None
-    return gpu.why_no_gpu() or _why_not_loaded()
+    return gpu.why_no_gpu() or _why_not_loaded() or _why_not_built_for(torch.cuda.current_device())
 
 
 @functools.cache
@@ -66,6 +68,26 @@ def _why_not_loaded() -> str | None:
     return None
 
 
+@functools.cache
+def _why_not_built_for(index: int) -> str | None:
+    """Why the extension has no code for this GPU, in words, or None."""
+    listed = gpu.build()["cuda_archs"]
+    capability = torch.cuda.get_device_capability(index)
+    for arch in re.split(r"[;, ]+", listed):
+        known = re.fullmatch(r"(\d+)\.(\d+)(a?)f?(\+PTX)?", arch)
+        if known is None:
+            return None  # a name, such as Ampere, that PyTorch knows
+        least = int(known[1]), int(known[2])
+        same_major = capability[0] == least[0] and not known[3]
+        if capability == least or (capability > least and (same_major or known[4])):
+            return None
+    wanted = ".".join(map(str, capability))
+    return (
+        f"the CUDA kernels are built for GPUs {listed}, and {torch.cuda.get_device_name(index)} has compute capability "
+        f"{wanted}; set TORCH_CUDA_ARCH_LIST={wanted} and {FROM_SOURCE}"
+    )
+
+
 def describe() -> str:
     """What the kernels are in this process, for example "built with CUDA 13.0.88 for 8.0;9.0+PTX"."""
     if emulated():
@@ -76,15 +98,21 @@ def describe() -> str:
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why these kernels cannot take x [M, K], weight [N, K] and bias [N] or None; None if they can."""
-    on_cpu = x.is_cpu and emulated()
-    if x.is_cuda and (reason := _why_not_loaded()):
+    if x.is_cuda and (reason := _why_not_loaded() or _why_not_built_for(cast(int, x.device.index))):
         return reason
-    return gpu.why_not(x, weight, bias, on_cpu)
+    return gpu.why_not(x, weight, bias, x.is_cpu and emulated())
 
 
 def verdict(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str], training: bool) -> choice.Verdict:
     """Whether these layers are faster here than in eager PyTorch, see `choice`."""
+    if x.dtype.itemsize == 2 and not (_lies_well(x) and all(map(_lies_well, weights))):
+        return choice.Verdict(False, "x or a weight lies in memory so that 16-bit numbers must be loaded one by one")
     return choice.verdict(NAME, is_narrow, x, weights, activations, training)
+
+
+def _lies_well(matrix: Tensor) -> bool:
+    """Whether the kernels can copy 4 bytes or more at once: rows together, at even distances from an even place."""
+    return matrix.stride(1) == 1 and matrix.stride(0) % 2 == 0 and matrix.data_ptr() % 4 == 0
 
 
 def is_narrow(widths: Sequence[int]) -> bool:
@@ -99,9 +127,9 @@ def parts(widths: tuple[int, ...]) -> list[slice]:
 
 def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     """See `fastenc::dense_forward`."""
-    (M, K), N = x.shape, weight.shape[0]
-    if _fuses(M, N, K, activation, x.dtype, gpu.allows_tf32(), x.device)[0]:
-        return _operators.dense_forward(x, weight, bias, activation_code(activation), save, gpu.allows_tf32())
+    (M, K), N, tf32 = x.shape, weight.shape[0], gpu.allows_tf32()
+    if _fuses(M, N, K, activation, x.dtype, tf32, x.device)[0]:
+        return _operators.dense_forward(x, weight, bias, activation_code(activation), save, tf32)
     if activation == "gelu_tanh" and not save and bias is not None and x.dtype.itemsize == 2:
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True), x.new_empty(0)
     return reference.dense_forward(x, weight, bias, activation, save)
@@ -111,13 +139,11 @@ def dense_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: str, output_mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `fastenc::dense_backward`."""
-    (M, K), N = x.shape, weight.shape[0]
+    (M, K), N, tf32 = x.shape, weight.shape[0], gpu.allows_tf32()
     code = activation_code(activation)
     want_x, want_weight, want_bias = output_mask
-    if _fuses(M, N, K, activation, x.dtype, gpu.allows_tf32(), x.device)[1]:
-        return _operators.dense_backward(
-            grad_out, x, weight, saved, code, want_x, want_weight, want_bias, gpu.allows_tf32()
-        )
+    if _fuses(M, N, K, activation, x.dtype, tf32, x.device)[1]:
+        return _operators.dense_backward(grad_out, x, weight, saved, code, want_x, want_weight, want_bias, tf32)
     products = want_x or want_weight
     grad_preact, grad_bias = grad_out, grad_out.new_empty(0)
     if want_bias or (products and activation != "identity"):

@@ -11,6 +11,7 @@ What is assumed is in the constants. `fastenc tune` measures, and what it finds 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -26,8 +27,7 @@ KERNEL = 2.0  # the device, for beginning and ending a kernel
 STEP = 0.3  # the device, for STEP_K columns of a sum that one program makes alone; cuBLAS cuts such sums in pieces
 
 STEP_K = 64
-SHARE = 0.75  # of cuBLAS's rate that our products reach on tensor cores; 0.5 without them
-SHARE_WITHOUT = 0.5
+SHARE_WITHOUT = 0.5  # of cuBLAS's rate that our products reach without tensor cores
 GAIN = 0.95  # our time must be less than this share of eager's: nearer than that the model cannot tell
 
 
@@ -38,10 +38,12 @@ class Kernels(NamedTuple):
     launch: float  # microseconds of the host
     leaves_products: bool  # whether a dense layer's products are left to cuBLAS where that is faster, see `fuses`
     widest: float  # the most outputs of a dense layer whose gradients are made without writing dZ
+    shares: Mapping[int, float]  # of cuBLAS's rate that products reach on tensor cores, from a compute capability on
 
 
-TRITON = Kernels(0.0, 15.0, leaves_products=False, widest=float("inf"))
-CUDA = Kernels(5.0, 5.0, leaves_products=True, widest=128)
+TRITON = Kernels(0.0, 15.0, leaves_products=False, widest=float("inf"), shares={80: 0.75})
+# Theirs are warps' products, mma.sync, of which newer GPUs have larger kinds that alone reach their rate.
+CUDA = Kernels(5.0, 5.0, leaves_products=True, widest=128, shares={80: 0.65, 90: 0.35, 100: 0.2, 120: 0.65})
 
 
 class Datasheet(NamedTuple):
@@ -65,7 +67,12 @@ DATASHEETS = {
 
 def datasheet(arch: int) -> Datasheet:
     """Of the GPU listed with this compute capability, or the nearest one below it."""
-    return DATASHEETS[max((known for known in DATASHEETS if known <= arch), default=80)]
+    return DATASHEETS[_nearest(DATASHEETS, arch)]
+
+
+def _nearest(archs: Iterable[int], arch: int) -> int:
+    """The highest that is not above this compute capability."""
+    return max((known for known in archs if known <= arch), default=80)
 
 
 class Work(NamedTuple):
@@ -102,7 +109,7 @@ class Problem(NamedTuple):
 def ratio(problem: Problem, arch: int, kernels: Kernels) -> float:
     """Eager PyTorch's modelled time over ours: above 1 ours is less."""
     sheet = datasheet(arch)
-    ours = _ours(problem, sheet, kernels).time(problem.captured)
+    ours = _ours(problem, arch, kernels).time(problem.captured)
     return _eager(problem, sheet).time(problem.captured) / ours
 
 
@@ -110,7 +117,8 @@ def fuses(problem: Problem, arch: int, kernels: Kernels) -> tuple[bool, bool]:
     """Whether the kernels make the forward, and the backward pass of a dense layer in less time than passes of ours or
     PyTorch's around cuBLAS's products. (Backward these are a kernel more: our sum for the bias has a second one.)
     """
-    forward, backward = _forward(problem, datasheet(arch)), _backward(problem, datasheet(arch), kernels)
+    sheet, share = datasheet(arch), _share(problem, arch, kernels)
+    forward, backward = _forward(problem, sheet, share), _backward(problem, sheet, share, kernels.widest)
     return forward[0] <= forward[1], backward[0] <= backward[1] + KERNEL
 
 
@@ -143,48 +151,49 @@ def _eager(problem: Problem, sheet: Datasheet) -> Work:
     return Work(ops * EAGER_OP, device + ops * KERNEL)
 
 
-def _ours(problem: Problem, sheet: Datasheet, kernels: Kernels) -> Work:
+def _ours(problem: Problem, arch: int, kernels: Kernels) -> Work:
     """One kernel forward, two where the product is left to cuBLAS, and three backward."""
+    sheet, share = datasheet(arch), _share(problem, arch, kernels)
     launches = 1 + 3 * problem.training
     host = kernels.choice + launches * kernels.launch + 2 * FUNCTION * problem.training
     if len(problem.activations) > 1:
-        return Work(host, _stack(problem, sheet) + launches * KERNEL)
-    fused, apart = _forward(problem, sheet)
+        return Work(host, _stack(problem, sheet, share) + launches * KERNEL)
+    fused, apart = _forward(problem, sheet, share)
     leaves = kernels.leaves_products and apart < fused
     device = launches * KERNEL + (apart if leaves else fused)
     if problem.training:
-        device += min(_backward(problem, sheet, kernels))
+        device += min(_backward(problem, sheet, share, kernels.widest))
     return Work(host + leaves * (problem.activations[0] != "identity") * kernels.launch, device)
 
 
-def _share(problem: Problem) -> float:
-    return SHARE if problem.tensor_cores else SHARE_WITHOUT
+def _share(problem: Problem, arch: int, kernels: Kernels) -> float:
+    return kernels.shares[_nearest(kernels.shares, arch)] if problem.tensor_cores else SHARE_WITHOUT
 
 
-def _forward(problem: Problem, sheet: Datasheet) -> tuple[float, float]:
+def _forward(problem: Problem, sheet: Datasheet, share: float) -> tuple[float, float]:
     """A dense layer's forward pass in one kernel; and as cuBLAS's product, then one kernel more for the activation."""
     ((K, N, active),) = _layers(problem)
-    one = max(_product(problem, sheet, N, K, _share(problem)), STEP * K / STEP_K)
+    one = max(_product(problem, sheet, N, K, share), STEP * K / STEP_K)
     return one, _product(problem, sheet, N, K) + active * (_traffic(problem, sheet, 2 * problem.M * N) + KERNEL)
 
 
-def _backward(problem: Problem, sheet: Datasheet, kernels: Kernels) -> tuple[float, float]:
+def _backward(problem: Problem, sheet: Datasheet, share: float, widest: float) -> tuple[float, float]:
     """Its backward pass with the derivative applied as both products load; and with dZ written once, for cuBLAS."""
     ((K, N, active),) = _layers(problem)
     size = problem.M * N
-    fused = _product(problem, sheet, N, K, _share(problem))
+    fused = _product(problem, sheet, N, K, share)
     loading = fused + max(fused, STEP * N / STEP_K) + _traffic(problem, sheet, 2 * active * size)
-    if kernels.widest < N:
+    if widest < N:
         loading = float("inf")
     writing = 2 * _product(problem, sheet, N, K) + _traffic(problem, sheet, (1 + 2 * active) * size)
     return loading, writing
 
 
-def _stack(problem: Problem, sheet: Datasheet) -> float:
+def _stack(problem: Problem, sheet: Datasheet, share: float) -> float:
     """Hidden outputs stay on chip; they are written for, and read by, the backward pass."""
     outputs, weights = sum(problem.widths[1:]), sum(K * N for K, N, _ in _layers(problem))
     inputs = problem.widths[0]
-    rate = _share(problem) * (sheet.tensor * 2 / problem.dtype.itemsize if problem.tensor_cores else sheet.plain)
+    rate = share * (sheet.tensor * 2 / problem.dtype.itemsize if problem.tensor_cores else sheet.plain)
     operations = 2e-6 * problem.M * weights / rate
     kept = outputs if problem.training else problem.widths[-1]
     time = max(operations, _traffic(problem, sheet, problem.M * (inputs + kept) + weights), STEP * inputs / STEP_K)

@@ -30,7 +30,7 @@ TESTS = (
     "tests/test_cuda_stacks.py",
     "tests/test_backend_gpu.py",
     "tests/test_backends_agree.py",
-    "tests/test_backend_cuda_choice.py",
+    "tests/test_backend_cuda*.py",
     "tests/test_backend_triton_choice.py",
     "tests/test_training_*.py",
     "tests/test_benchmarks_cuda.py",
