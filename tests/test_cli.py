@@ -1,5 +1,6 @@
 """The commands end to end, in this process through typer's runner; a few as true programs."""
 
+import functools
 import json
 import os
 import signal
@@ -298,7 +299,10 @@ def test_ctrl_c_leaves_the_old_model(tmp_path, table):
     before = contents(folder)
     command = [sys.executable, "-m", "fastenc", "train", str(table), "--out", str(folder), "--epochs", "1000000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+    # Whoever runs the tests in the background of a shell has Ctrl-C ignored, and so would the child.
+    listens = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, env=environment, preexec_fn=listens) as child:
         assert "rows to train on" in child.stdout.readline()
         time.sleep(0.5)
         child.send_signal(signal.SIGINT)
