@@ -35,4 +35,4 @@ def test_random_launches():
 
 @pytest.mark.full
 def test_many_random_launches():
-    fuzz(seconds=600)
+    fuzz(seconds=240)
