@@ -310,8 +310,8 @@ def test_ctrl_c_leaves_the_old_model(tmp_path, table):
             _, errors = child.communicate(timeout=300)
         finally:
             child.kill()
-    # Where the interrupt comes by an exec() of source, in an import that is late, Python ends itself by the signal in the
-    # end, whatever status it was given. Shells show 130 for both.
+    # If the interrupt comes while source is run by exec(), in a late import, Python ends itself by the signal, whatever
+    # status it was given. Shells show 130 for both.
     assert child.returncode in (130, -signal.SIGINT), errors
     assert "Traceback" not in errors
     assert contents(folder) == before
