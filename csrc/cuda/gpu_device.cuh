@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include "launch.h"
 
@@ -151,6 +152,7 @@ FASTENC_DEVICE uint32_t to_tf32(float x) {
 // Launches kKernel on the current device. More shared memory than a block has by default is asked for once a device.
 template <auto kKernel, class... Args>
 Status launch(const Geometry& geometry, Stream stream, Args... args) {
+  static_assert(std::is_same_v<decltype(kKernel), void (*)(Args...)>, "a kernel gets just the types that it names");
   constexpr int64_t kDefaultShared = 48 * 1024;
   if (geometry.shared_bytes > kDefaultShared) {
     static std::atomic<uint64_t> asked{0};  // a bit for each device

@@ -205,6 +205,7 @@ inline uint32_t to_tf32(float x) {
 
 template <auto kKernel, class... Args>
 Status launch(const Geometry& geometry, Stream, Args... args) {
+  static_assert(std::is_same_v<decltype(kKernel), void (*)(Args...)>, "a kernel gets just the types that it names");
   simt::kernel_name = typeid(std::integral_constant<decltype(kKernel), kKernel>).name();
   simt::launch({static_cast<unsigned>(geometry.blocks)}, {static_cast<unsigned>(geometry.threads)},
                static_cast<size_t>(geometry.shared_bytes), [=] { kKernel(args...); });
