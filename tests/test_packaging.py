@@ -32,7 +32,8 @@ def dist(tmp_path_factory) -> Path:
     dist = folder / "dist"
     (sdist,) = dist.iterdir()
     with tarfile.open(sdist) as archive:
-        archive.extractall(dist, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 has it, and 3.12 wants it
+        archive.extractall(dist)
     unpacked = dist / f"fastenc-{VERSION}"
     build(unpacked, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(dist), FASTENC_EXTENSION="1")
     return dist
