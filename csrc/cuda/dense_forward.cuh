@@ -38,11 +38,8 @@ dense_forward_kernel(const DenseForward args) {
   constexpr int kEach = 4, kAcross = Tile::kCols / kEach;
   const float* const tile = reinterpret_cast<const float*>(shared_memory());
   const T* const bias = static_cast<const T*>(args.bias);
-  const auto allows_packs = [](const void* data, int64_t stride) {
-    return access_bytes<T>(data, stride, 1) >= static_cast<int>(sizeof(Pack<T, kEach>));
-  };
-  const bool packed = allows_packs(args.out, args.N) && allows_packs(args.preact, args.N);
-  const bool bias_packed = packed && allows_packs(args.bias, 0);
+  const bool packed = allows_packs<kEach, T>(args.out, args.N) && allows_packs<kEach, T>(args.preact, args.N);
+  const bool bias_packed = packed && allows_packs<kEach, T>(args.bias, 0);
   const int apart = packed ? 1 : kAcross;
   const int c = thread() % kAcross * (packed ? kEach : 1);
   const int64_t col = place.col + c;
@@ -54,15 +51,7 @@ dense_forward_kernel(const DenseForward args) {
   for (int r = thread() / kAcross; r < Tile::kRows; r += Tile::kThreads / kAcross) {
     if (place.row + r >= args.M + PLANTED(OutRowTooFar)) break;
     float z[kEach];
-    if (packed) {
-      const Pack<float, kEach> pack =
-          load_shared(reinterpret_cast<const Pack<float, kEach>*>(tile + r * ForwardProduct::kOutLeading + c));
-#pragma unroll
-      for (int e = 0; e < kEach; ++e) z[e] = pack.numbers[e];
-    } else {
-#pragma unroll
-      for (int e = 0; e < kEach; ++e) z[e] = load_shared(tile + r * ForwardProduct::kOutLeading + c + e * apart);
-    }
+    load_sums(z, tile + r * ForwardProduct::kOutLeading + c, apart, packed);
 #pragma unroll
     for (int e = 0; e < kEach; ++e) z[e] += shift[e];
     const int64_t offset = (place.row + r) * args.N + col;

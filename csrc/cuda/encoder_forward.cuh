@@ -87,16 +87,14 @@ FASTENC_DEVICE void finish_outputs(const StackLayer& layer, int64_t M, int64_t r
                                    const float* sums, int sums_leading, T* tile, int tile_leading) {
   constexpr int kEach = 4, kRowsEach = 4;
   const int across = columns > 64 ? 32 : columns / kEach, down = 32 / across;  // lanes along a row, and rows
-  const auto allows_packs = [](const void* data, int64_t stride) {
-    return access_bytes<T>(data, stride, 1) >= static_cast<int>(sizeof(Pack<T, kEach>));
-  };
-  const bool packed = allows_packs(layer.out, layer.N) && allows_packs(layer.preact, layer.N);
+  const bool packed = allows_packs<kEach, T>(layer.out, layer.N) && allows_packs<kEach, T>(layer.preact, layer.N);
   const int apart = packed ? 1 : across, c = lane() % across * (packed ? kEach : 1);
   const int64_t col = n + c;
   const int count = count_inside<kEach>(col, layer.N, apart);
   float shift[kEach] = {};
   if (const T* const bias = static_cast<const T*>(layer.bias))
-    load_numbers(shift, bias + col, apart, count + PLANTED(ForwardBiasTooFar), packed && allows_packs(bias, 0));
+    load_numbers(shift, bias + col, apart, count + PLANTED(ForwardBiasTooFar),
+                 packed && allows_packs<kEach, T>(bias, 0));
 
 #pragma unroll 1
   for (int rows = 0; rows < 16; rows += kRowsEach * down) {
@@ -104,15 +102,9 @@ FASTENC_DEVICE void finish_outputs(const StackLayer& layer, int64_t M, int64_t r
     float z[kRowsEach][kEach];
 #pragma unroll
     for (int i = 0; i < kRowsEach; ++i) {
-      const float* const from = sums + (first + i * down) * sums_leading + c;
-      if (packed) {
-        const auto pack = load_shared(reinterpret_cast<const Pack<float, kEach>*>(from));
+      load_sums(z[i], sums + (first + i * down) * sums_leading + c, apart, packed);
 #pragma unroll
-        for (int e = 0; e < kEach; ++e) z[i][e] = pack.numbers[e] + shift[e];
-      } else {
-#pragma unroll
-        for (int e = 0; e < kEach; ++e) z[i][e] = load_shared(from + e * apart) + shift[e];
-      }
+      for (int e = 0; e < kEach; ++e) z[i][e] += shift[e];
     }
     const auto store = [&](void* to) {
 #pragma unroll

@@ -17,6 +17,25 @@ struct alignas(kEach * sizeof(T)) Pack {
 template <class T, int kEach>
 using PackWord = Word<kEach* static_cast<int>(sizeof(T))>;
 
+// Whether rows of this address and stride allow that.
+template <int kEach, class T>
+FASTENC_DEVICE bool allows_packs(const void* data, int64_t stride) {
+  return access_bytes<T>(data, stride, 1) >= static_cast<int>(sizeof(Pack<T, kEach>));
+}
+
+// The numbers from `from` on, of sums in shared memory.
+template <int kEach>
+FASTENC_DEVICE void load_sums(float (&out)[kEach], const float* from, int apart, bool packed) {
+  if (packed) {
+    const auto pack = load_shared(reinterpret_cast<const Pack<float, kEach>*>(from));
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) out[e] = pack.numbers[e];
+  } else {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) out[e] = load_shared(from + e * apart);
+  }
+}
+
 // The first `count` of the numbers from `from` on, and 0 for the others; `packed`: at once, count is 0 or kEach.
 template <int kEach, class T>
 FASTENC_DEVICE void load_numbers(float (&out)[kEach], const T* from, int64_t apart, int count, bool packed) {
