@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..activation import get_activation
+from . import stack
 
 NAME = "reference"
 DEVICE = None
@@ -68,13 +69,7 @@ def encoder_forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activations: Sequence[str], save: bool
 ) -> list[Tensor]:
     """See `fastenc::encoder_forward`."""
-    outs, preacts = [], []
-    for weight, bias, activation in zip(weights, biases, activations, strict=True):
-        x, preact = dense_forward(x, weight, bias, activation, save)
-        outs.append(x)
-        if get_activation(activation).saves_preact:
-            preacts.append(preact)
-    return outs + preacts if save else outs[-1:]
+    return stack.forward(dense_forward, x, weights, biases, activations, save)
 
 
 def encoder_backward(
