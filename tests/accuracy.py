@@ -193,6 +193,41 @@ def small_integers(problem: Problem, highest: int = 3) -> Problem:
     return problem.map(integers)
 
 
+def put_nan_and_inf(problem: Problem, weights: bool = True) -> Problem:
+    """The problem with NaN, Inf and -Inf in single places of x, of grad_out and, unless told not to, of a weight."""
+    for i, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        problem.x[i, 5] = value
+        problem.grad_out[10 + i, 3] = value
+        if weights:
+            problem.weights[0][7 + i, 2] = value
+    return problem
+
+
+def assert_nan_and_inf_as_in_pytorch(by_kernels: Callable[[Problem], dict[str, Tensor]], problem: Problem) -> None:
+    """As in float64, where PyTorch's fp32 on a CPU differs: gelu(inf) is NaN in its vectors alone."""
+    if problem.activations[0] == "relu":  # its values as well: the gradient passes at NaN
+        assert_same(by_kernels(problem), run(eager, problem))
+    actual, expected = by_kernels(problem), run(eager, problem.map(Tensor.double))
+    for name, value in expected.items():
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            torch.testing.assert_close(kind(actual[name]), kind(value), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def second_derivatives(problem: Problem) -> list[dict[str, Tensor]]:
+    """Of a scalar of the gradients of x and of the parameters, by every leaf and by grad_out: of the fused layers, of
+    eager PyTorch, and of that in float64.
+    """
+    sides = []
+    for forward, dtype in ((fused, torch.float32), (eager, torch.float32), (eager, torch.float64)):
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in (*problem.leaves().values(), problem.grad_out)]
+        x, *parameters, grad_out = leaves
+        out = forward(x, parameters[::2], parameters[1::2], problem.activations)
+        grads = torch.autograd.grad(out, leaves[:-1], grad_out, create_graph=True)
+        scalar = sum((grad * grad.detach().cos()).sum() for grad in grads) + (out * out).sum()
+        sides.append({str(i): g for i, g in enumerate(torch.autograd.grad(scalar, leaves)) if g is not None})
+    return sides
+
+
 def inside_nan(tensor: Tensor) -> Tensor:
     """The same values and strides, with NaN before and behind, at an address one element off alignment."""
     buffer = torch.full((tensor.numel() + 64,), torch.nan, dtype=tensor.dtype)

@@ -1,7 +1,8 @@
-"""Runs the CUDA kernels' launchers on a CPU: builds tests/native/cuda_kernels.cpp over csrc/simt and gives it cases.
+"""Builds the CUDA kernels over csrc/simt, as a program that is given cases, and as operators for PyTorch.
 
-Three builds. "plain" has guards around every buffer. "address" has AddressSanitizer and UBSan; alignment is checked, as
-GPUs need it. "thread" has ThreadSanitizer in all but the emulator itself, whose fibers are its threads.
+The program, tests/native/cuda_kernels.cpp, runs their launchers. It has three builds. "plain" has guards around every
+buffer. "address" has AddressSanitizer and UBSan; alignment is checked, as GPUs need it. "thread" has ThreadSanitizer in
+all but the emulator itself, whose fibers are its threads.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastenc.activation import ACTIVATIONS
 
 ROOT = Path(__file__).parents[1]
 BUILT = ROOT / "build" / "cuda_native"
+TORCH = Path(torch.__file__).parent
 
 ARITHMETICS = ("ieee", "tf32", "half", "bfloat16")  # in the order of csrc/cuda/launch.h
 ORDERS = ("forward", "reverse", "random", "greedy")  # of csrc/simt/simt.h
@@ -36,7 +39,13 @@ FLAGS = {
     "address": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "thread": ("-O1", "-g1", "-fsanitize=thread", "-Wno-tsan", "-DSIMT_THREAD_SANITIZER"),
     "library": ("-O2", "-fPIC", "-shared"),
+    "operators": (
+        *("-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
+        "-DTORCH_TARGET_VERSION=0x020d000000000000",  # the stable ABI of torch 2.13, as in setup.py
+        *("-isystem", str(TORCH / "include")),
+    ),
 }
+LIBRARIES = {"operators": (f"-L{TORCH / 'lib'}", "-ltorch_cpu")}
 SANITIZERS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # what a faulting kernel leaves on its fibers
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -138,6 +147,12 @@ def library(name: str, sources: Sequence[Path]) -> Path:
     return linked("library", name, sources)
 
 
+def operator_library() -> Path:
+    """The operators of csrc/cuda for CPU tensors, and those that steer the emulator."""
+    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/simt/operators.cpp"]
+    return linked("operators", "operators", sources)
+
+
 def linked(kind: str, name: str, sources: Sequence[Path]) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not compiler or not compiles(compiler, kind):
@@ -146,7 +161,7 @@ def linked(kind: str, name: str, sources: Sequence[Path]) -> Path:
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda source: compiled(compiler, kind, source), [*sources, *EMULATOR]))
     known = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
-    return made(BUILT / kind / f"{name}-{known}", [compiler, *FLAGS[kind], *objects])
+    return made(BUILT / kind / f"{name}-{known}", [compiler, *FLAGS[kind], *objects, *LIBRARIES.get(kind, ())])
 
 
 def compiles(compiler: str, kind: str) -> bool:

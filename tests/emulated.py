@@ -8,79 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
-import os
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cuda_native import ORDERS, operator_library
 
 from fastenc.backends import cuda
 
-ROOT = Path(__file__).parents[1]
 EMULATED = not torch.cuda.is_available()
-FLAGS = (
-    "-O2",
-    "-std=c++20",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-Wno-unknown-pragmas",
-    "-DTORCH_TARGET_VERSION=0x020d000000000000",  # the stable ABI of torch 2.13, as in setup.py
-)
-
-ORDERS = ("forward", "reverse", "random", "greedy")
 SCHEDULES = tuple(itertools.product(ORDERS, (True, False)))  # and whether asynchronous copies land late
-
-
-def build() -> Path:
-    """The library, built again where a source has changed; several processes may ask for it at once."""
-    folder = ROOT / "build" / "emulated"
-    sources = sorted([*(ROOT / "csrc" / "cuda").glob("*.cu"), *(ROOT / "csrc" / "simt").glob("*.cpp")])
-    headers = [path for end in ("h", "cuh") for path in (ROOT / "csrc").rglob(f"*.{end}")]
-    digest = hashlib.sha256(" ".join((*FLAGS, torch.__version__)).encode())
-    for path in sorted([*sources, *headers]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    library = folder / f"{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _compile(sources, library)
-    return library
-
-
-def _compile(sources: list[Path], library: Path) -> None:
-    scratch = library.with_suffix(f".{os.getpid()}")
-    scratch.mkdir(exist_ok=True)
-    compiler = os.environ.get("CXX", "g++").split()
-    torch_folder = Path(torch.__file__).parent
-    includes = ["-isystem", str(torch_folder / "include")]
-    objects = [scratch / f"{source.name}.o" for source in sources]
-    waiting = [
-        [*compiler, *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(target)]
-        for source, target in zip(sources, objects, strict=True)
-    ]
-    running: list[subprocess.Popen[str]] = []
-    while waiting or running:
-        while waiting and len(running) < (os.cpu_count() or 1):
-            running.append(subprocess.Popen(waiting.pop(), stderr=subprocess.PIPE, text=True))
-        process = running.pop(0)
-        errors = process.communicate()[1]
-        assert process.returncode == 0, errors
-    linked = scratch / library.name
-    link = [*compiler, "-shared", "-o", str(linked), *map(str, objects), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    subprocess.run(link, check=True)
-    linked.replace(library)
-    for path in [*objects, scratch]:
-        path.unlink() if path.is_file() else path.rmdir()
 
 
 @functools.cache
 def load() -> None:
-    torch.ops.load_library(str(build()))
+    torch.ops.load_library(str(operator_library()))
 
 
 @contextlib.contextmanager

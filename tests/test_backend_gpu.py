@@ -23,6 +23,7 @@ from accuracy import (
     eager,
     fused,
     run,
+    second_derivatives,
     small_integers,
 )
 from guards import DEVICE
@@ -188,17 +189,7 @@ def test_second_derivatives(forced, activation, widths):
     worst = Worst()
     for seed in range(4):
         problem = problem_of(20, widths, activation, seed=seed)
-        sides = []
-        for forward, dtype in ((fused, torch.float32), (eager, torch.float32), (eager, torch.float64)):
-            leaves = [
-                leaf.detach().to(dtype).requires_grad_() for leaf in (*problem.leaves().values(), problem.grad_out)
-            ]
-            x, *parameters, grad_out = leaves
-            out = forward(x, parameters[::2], parameters[1::2], problem.activations)
-            grads = torch.autograd.grad(out, leaves[:-1], grad_out, create_graph=True)
-            scalar = sum((g * g.detach().cos()).sum() for g in grads) + (out * out).sum()
-            sides.append({str(i): g for i, g in enumerate(torch.autograd.grad(scalar, leaves)) if g is not None})
-        worst.add(*sides)
+        worst.add(*second_derivatives(problem))
     worst.check()
 
 

@@ -11,7 +11,18 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from accuracy import VIEWS, Problem, Worst, assert_same, draw, eager, run, small_integers
+from accuracy import (
+    VIEWS,
+    Problem,
+    Worst,
+    assert_nan_and_inf_as_in_pytorch,
+    assert_same,
+    draw,
+    eager,
+    put_nan_and_inf,
+    run,
+    small_integers,
+)
 from cuda_operators import ARITHMETICS, eager_tf32, operators, stack
 from guards import DEVICE, guarded, guarded_allocations
 from torch import Tensor
@@ -90,16 +101,7 @@ def test_any_strides(view):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_inf_as_in_pytorch(activation):
     problem = small_integers(draw(40, (21, 19, 8), activation, torch.float32), highest=1)
-    for i, value in enumerate((torch.nan, torch.inf, -torch.inf)):
-        problem.x[i, 5] = value
-        problem.grad_out[10 + i, 3] = value
-        problem.weights[0][7 + i, 2] = value
-    if activation == "relu":  # its values as well: the gradient passes at NaN
-        assert_same(stack(problem), run(eager, problem))
-    actual, expected = stack(problem), run(eager, problem.map(Tensor.double))
-    for name, value in expected.items():
-        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-            torch.testing.assert_close(kind(actual[name]), kind(value), msg=lambda m, n=name: f"{n}: {m}")
+    assert_nan_and_inf_as_in_pytorch(stack, put_nan_and_inf(problem))
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])

@@ -9,7 +9,18 @@ import itertools
 import emulated
 import pytest
 import torch
-from accuracy import VIEWS, Problem, Worst, assert_same, draw, eager, run, small_integers
+from accuracy import (
+    VIEWS,
+    Problem,
+    Worst,
+    assert_nan_and_inf_as_in_pytorch,
+    assert_same,
+    draw,
+    eager,
+    put_nan_and_inf,
+    run,
+    small_integers,
+)
 from cuda_operators import ARITHMETICS, dense, eager_tf32, operators, saved_of
 from guards import DEVICE, guarded, guarded_allocations
 from torch import Tensor
@@ -80,18 +91,8 @@ def test_a_saved_tensor_of_any_strides(N):
 @both_widths
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_inf_as_in_pytorch(activation, N):
-    """As in float64, where PyTorch's fp32 on a CPU differs: gelu(inf) is NaN in its vectors alone."""
     problem = small_integers(draw(40, (21, N), activation, torch.float32))
-    for i, value in enumerate((torch.nan, torch.inf, -torch.inf)):
-        problem.x[i, 5] = value
-        problem.grad_out[10 + i, 3] = value
-        problem.weights[0][7 + i, 2] = value
-    if activation == "relu":  # its values as well: the gradient passes at NaN
-        assert_same(dense(problem), run(eager, problem))
-    actual, expected = dense(problem), run(eager, problem.map(Tensor.double))
-    for name, value in expected.items():
-        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-            torch.testing.assert_close(kind(actual[name]), kind(value), msg=lambda m, n=name: f"{n}: {m}")
+    assert_nan_and_inf_as_in_pytorch(dense, put_nan_and_inf(problem))
 
 
 @both_widths

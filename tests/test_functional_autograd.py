@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from accuracy import Worst, assert_same, draw, eager, fused, run, small_integers
+from accuracy import Worst, assert_same, draw, eager, fused, run, second_derivatives, small_integers
 from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
@@ -115,17 +115,7 @@ def test_second_derivatives(path, activation, widths):
     worst = Worst()
     for seed in range(8):
         problem = draw(40, widths, activation, seed=seed)
-        sides = []
-        for forward, dtype in ((fused, torch.float32), (eager, torch.float32), (eager, torch.float64)):
-            leaves = [
-                leaf.detach().to(dtype).requires_grad_() for leaf in (*problem.leaves().values(), problem.grad_out)
-            ]
-            x, *parameters, grad_out = leaves
-            out = forward(x, parameters[::2], parameters[1::2], problem.activations)
-            grads = torch.autograd.grad(out, leaves[:-1], grad_out, create_graph=True)
-            scalar = sum((grad * grad.detach().cos()).sum() for grad in grads) + (out * out).sum()
-            sides.append({str(i): g for i, g in enumerate(torch.autograd.grad(scalar, leaves)) if g is not None})
-        worst.add(*sides)
+        worst.add(*second_derivatives(problem))
     worst.check()
 
 

@@ -10,7 +10,19 @@ from typing import Any
 import interpreter  # first: it decides how kernels run
 import pytest
 import torch
-from accuracy import DTYPES, VIEWS, Problem, Worst, assert_same, draw, eager, run, small_integers
+from accuracy import (
+    DTYPES,
+    VIEWS,
+    Problem,
+    Worst,
+    assert_nan_and_inf_as_in_pytorch,
+    assert_same,
+    draw,
+    eager,
+    put_nan_and_inf,
+    run,
+    small_integers,
+)
 from fastenc.kernels.dense_backward import dense_backward, is_wide
 from fastenc.kernels.dense_forward import dense_forward
 from fastenc.kernels.dense_input_gradient import dense_input_gradient
@@ -130,19 +142,8 @@ def test_a_saved_tensor_of_any_strides(wide):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_inf_as_in_pytorch(activation, wide):
-    """As in float64, where PyTorch's fp32 on a CPU differs: gelu(inf) is NaN in its vectors alone."""
     problem = small_integers(draw(40, (21, 19), activation, torch.float32))
-    bad = (torch.nan, torch.inf, -torch.inf)
-    for i, value in enumerate(bad):
-        problem.x[i, 5] = value
-        problem.grad_out[10 + i, 3] = value
-        problem.weights[0][7 + i, 2] = value
-    if activation == "relu":  # its values as well: the gradient passes at NaN
-        assert_same(by_kernels(problem, wide=wide), run(eager, problem))
-    actual, expected = by_kernels(problem, wide=wide), run(eager, problem.map(Tensor.double))
-    for name, value in expected.items():
-        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-            torch.testing.assert_close(kind(actual[name]), kind(value), msg=lambda m, n=name: f"{n}: {m}")
+    assert_nan_and_inf_as_in_pytorch(lambda problem: by_kernels(problem, wide=wide), put_nan_and_inf(problem))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,7 +9,19 @@ from typing import Any
 import interpreter  # first: it decides how kernels run
 import pytest
 import torch
-from accuracy import DTYPES, VIEWS, Problem, Worst, assert_same, draw, eager, run, small_integers
+from accuracy import (
+    DTYPES,
+    VIEWS,
+    Problem,
+    Worst,
+    assert_nan_and_inf_as_in_pytorch,
+    assert_same,
+    draw,
+    eager,
+    put_nan_and_inf,
+    run,
+    small_integers,
+)
 from fastenc.kernels.activation import SAVES_PREACT
 from fastenc.kernels.encoder_backward import encoder_backward
 from fastenc.kernels.encoder_forward import encoder_forward
@@ -126,17 +138,8 @@ def test_any_strides(view):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_inf_as_in_pytorch(activation):
-    """As in float64, where PyTorch's fp32 on a CPU differs: gelu(inf) is NaN in its vectors alone."""
     problem = small_integers(draw(40, (21, 19, 17), activation))
-    for i, value in enumerate((torch.nan, torch.inf, -torch.inf)):
-        problem.x[i, 5] = value
-        problem.grad_out[10 + i, 3] = value
-    if activation == "relu":  # its values as well: the gradient passes at NaN
-        assert_same(by_kernels(problem), run(eager, problem))
-    actual, expected = by_kernels(problem), run(eager, problem.map(Tensor.double))
-    for name, value in expected.items():
-        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-            torch.testing.assert_close(kind(actual[name]), kind(value), msg=lambda m, n=name: f"{n}: {m}")
+    assert_nan_and_inf_as_in_pytorch(by_kernels, put_nan_and_inf(problem, weights=False))
 
 
 def test_64_bit_offsets_give_the_same_bits():
