@@ -99,7 +99,7 @@ $(VENV)/stamp-%: pyproject.toml $(TORCH_STAMP)
 $(BUILD)/built: setup.py pyproject.toml $(CXX_FILES) $(VENV)/stamp-app
 	@mkdir -p $(BUILD)
 	@echo "fastenc: compiling the C++ extension, a minute or two, and where nvcc is the CUDA kernels, two or three more (for one GPU alone: TORCH_CUDA_ARCH_LIST=8.0); the compilers' output is in $(BUILD)/log"
-	@rm -f build/*/built # of other environments: the libraries in fastenc/ are those of the last
+	@find build -mindepth 2 -maxdepth 2 -name built -delete # of other environments: the libraries in fastenc/ are those of the last
 	@PATH="$(abspath $(VENV)/bin):$$PATH" $(ENV_PYTHON) setup.py --quiet build_ext --inplace --build-temp $(BUILD) >$(BUILD)/log 2>&1 || { tail -n 40 $(BUILD)/log; exit 1; }
 	@grep "^fastenc: " $(BUILD)/log
 	@if ls fastenc/_C.* >/dev/null 2>&1; then touch "$@"; else echo "fastenc: going on without it, on eager PyTorch"; fi
