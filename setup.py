@@ -1,6 +1,7 @@
 """Builds fastenc. What pyproject.toml cannot say: the C++ extensions, and when to leave them out.
 
-    fastenc._C                  the CPU kernels, on torch's stable ABI: one build serves every torch from 2.13 on
+    fastenc._C                  the CPU kernels and the training engine, on torch's stable ABI and pybind11: one build
+                                serves every torch from 2.13 on, and the Python that it was built with
     fastenc._eager_<version>    their autograd in C++, for that one version of torch; any other leaves it aside
     fastenc._C_cuda             the CUDA kernels, where torch has CUDA and there is an nvcc of its major version; on the
                                 stable ABI too. No GPU is needed or looked for
@@ -249,10 +250,11 @@ def extension_arguments(wanted: str, cuda: str) -> dict:
     }
     kernels = cpp_extension.CppExtension(
         "fastenc._C",
-        sorted(["csrc/ops.cpp", "csrc/build_info.cpp", *glob.glob("csrc/cpu/*.cpp")]),
+        sorted(["csrc/ops.cpp", "csrc/engine.cpp", "csrc/build_info.cpp", *glob.glob("csrc/cpu/*.cpp")]),
         extra_compile_args={"cxx": [*flags, STABLE_ABI]},
-        **common,
+        **{**common, "py_limited_api": False},  # pybind11 has none
     )
+    kernels.libraries.remove("torch_python")
     kernels.purpose = "the CPU kernels (for torch 2.13 and newer)"
     kernels.instead = "fastenc will run on eager PyTorch"
     kernels.facts = {"cxx_flags": " ".join([*flags, STABLE_ABI]), "torch": torch.__version__}
@@ -281,7 +283,6 @@ def extension_arguments(wanted: str, cuda: str) -> dict:
     return {
         "ext_modules": extensions,
         "cmdclass": {"build_ext": build_extension_command(compiler)},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 

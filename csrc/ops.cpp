@@ -1,6 +1,5 @@
 // The CPU kernels as PyTorch operators in the namespace fastenc_cpu, on torch's stable ABI: one build serves every
 // torch from 2.13 on. fastenc/backends/cpu.py calls them; what users call is in fastenc/ops.py.
-#include <Python.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -28,12 +27,6 @@ Tensor new_contiguous(const Tensor& tensor) { return contiguous(tensor); }
 void fill_zero(Tensor& tensor) { zero_(tensor); }
 
 }  // namespace torch::stable
-
-namespace fastenc {
-
-PyObject* build_info(PyObject* self, PyObject* none);  // build_info.cpp
-
-}  // namespace fastenc
 
 namespace {
 
@@ -126,14 +119,4 @@ STABLE_TORCH_LIBRARY_IMPL(fastenc_cpu, CompositeExplicitAutograd, m) {
   m.impl("access", TORCH_BOX(&access_address));
   m.impl("configure", TORCH_BOX(&configure));
   m.impl("brgemm_gflops", TORCH_BOX(&brgemm_gflops));
-}
-
-// Importing fastenc._C registers the operators.
-PyMODINIT_FUNC PyInit__C() {
-  static PyMethodDef methods[] = {
-      {"build_info", fastenc::build_info, METH_NOARGS, "How the extensions were built: a dict of str."},
-      {nullptr, nullptr, 0, nullptr}};
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
 }

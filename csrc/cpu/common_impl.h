@@ -1,7 +1,9 @@
 // Sizes, element types and scratch memory. Included by stack_impl.h only, into each instruction set's own namespace: a
 // shared function of which the linker kept the AVX-512 build would break older machines.
+#include "crew.h"
 #include "stack.h"
 #include "std_headers.h"
+#include "train.h"
 
 namespace fastenc {
 namespace FASTENC_ISA {
@@ -26,7 +28,7 @@ class Scratch {
  public:
   explicit Scratch(int64_t count = 0) : data_(nullptr) {
     if (count <= 0) return;
-    data_ = static_cast<T*>(std::aligned_alloc(64, round_up(count * static_cast<int64_t>(sizeof(T)), 64)));
+    data_ = static_cast<T*>(std::aligned_alloc(64, byte_count(count)));
     if (data_ == nullptr) throw std::bad_alloc();
   }
   ~Scratch() { std::free(data_); }
@@ -34,7 +36,21 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
 
+  // In place of what was there, `count` elements of zero bytes.
+  void renew_as_zeros(int64_t count) {
+    std::free(data_);
+    data_ = nullptr;
+    if (count <= 0) return;
+    data_ = static_cast<T*>(std::aligned_alloc(64, byte_count(count)));
+    if (data_ == nullptr) throw std::bad_alloc();
+    std::memset(static_cast<void*>(data_), 0, byte_count(count));
+  }
+
  private:
+  static size_t byte_count(int64_t count) {
+    return static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+  }
+
   T* data_;
 };
 

@@ -7,10 +7,9 @@
 #include <cstdint>
 
 #include "../activation.h"
+#include "dtype.h"
 
 namespace fastenc {
-
-enum class Dtype : int64_t { kFloat, kBFloat16, kHalf };
 
 // weight [out, in] row-major and bias [out] (or null), in the dtype of the call.
 struct Layer {
@@ -71,11 +70,25 @@ struct Runtime {
   void (*brgemm_release)(bool is_vnni);
 };
 
+struct TrainArgs;  // train.h
+struct TrainCall;
+
+// The training engine; see train.h.
+struct Engine {
+  // Allocates; throws std::bad_alloc. The arguments, and what they point to, must outlive the result.
+  void* (*create)(const TrainArgs&);
+  // Takes the steps of the call. Returns how many it took: fewer than all if the loss of one is not finite, which is in
+  // losses then; the parameters are as they were before that step.
+  int64_t (*run)(void* training, const TrainCall&, const Runtime&);
+  void (*destroy)(void* training);
+};
+
 // One instruction set's build of the kernels. Bits do not depend on Runtime::threads.
 struct Kernels {
   const char* name;
   void (*forward)(const ForwardArgs&, const Runtime&);
   void (*backward)(const BackwardArgs&, const Runtime&);
+  Engine engine;
 };
 
 const Kernels& generic_kernels();

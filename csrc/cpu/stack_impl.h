@@ -6,6 +6,12 @@
 #include "gemm_impl.h"
 #include "forward_impl.h"
 #include "backward_impl.h"
+#include "loss_impl.h"
+#include "dropout_impl.h"
+#include "update_impl.h"
+#include "train_impl.h"
+#include "train_rows_impl.h"
+#include "train_strips_impl.h"
 // clang-format on
 
 #define FASTENC_CONCAT_(a, b) a##b
@@ -32,10 +38,30 @@ void backward(const BackwardArgs& args, const Runtime& runtime) {
   return backward_as<BFloat16, float>(args, runtime);
 }
 
+void* create_training(const TrainArgs& args) {
+  AnyTraining* training;
+  if (args.dtype == Dtype::kFloat)
+    training = new Training<float>(args);
+  else
+    training = new Training<BFloat16>(args);
+  return training;
+}
+
+int64_t run_training(void* training, const TrainCall& call, const Runtime& runtime) {
+  return static_cast<AnyTraining*>(training)->run(call, runtime);
+}
+
+void destroy_training(void* training) { delete static_cast<AnyTraining*>(training); }
+
 }  // namespace FASTENC_ISA
 
 const Kernels& FASTENC_CONCAT(FASTENC_ISA, _kernels)() {
-  static const Kernels kernels = {FASTENC_STRING(FASTENC_ISA), FASTENC_ISA::forward, FASTENC_ISA::backward};
+  static const Kernels kernels = {
+      FASTENC_STRING(FASTENC_ISA),
+      FASTENC_ISA::forward,
+      FASTENC_ISA::backward,
+      {FASTENC_ISA::create_training, FASTENC_ISA::run_training, FASTENC_ISA::destroy_training},
+  };
   return kernels;
 }
 
