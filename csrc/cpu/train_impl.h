@@ -31,6 +31,23 @@ struct Chunk {
   FASTENC_INLINE bool closes() const { return row + rows == batch_rows; }
 };
 
+// Inside, this thread takes and gives denormal numbers as zeros, where the CPU can. The moments of a dead unit's
+// weights fade away through the denormals, hundreds of steps long, and each operation on those takes many times as
+// long.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : before_(__builtin_ia32_stmxcsr()) {
+    __builtin_ia32_ldmxcsr(before_ | kFlushToZero | kDenormalsAreZero);
+  }
+  ~FlushDenormals() { __builtin_ia32_ldmxcsr(before_); }
+
+ private:
+  static constexpr unsigned kFlushToZero = 1u << 15, kDenormalsAreZero = 1u << 6;
+  unsigned before_;
+#endif
+};
+
 // In every dtype.
 class AnyTraining {
  public:
@@ -268,6 +285,7 @@ int64_t Training<Op>::first_strip_of(int64_t me) const {
 template <class Op>
 void Training<Op>::work_as(int64_t me) {
   const BrgemmGuard<Op> guard{*runtime_};
+  const FlushDenormals flush;
   Worker memory = worker(me);
   Place rows_place, strips_place;
   const int64_t own_strip = first_strip_of(me);
