@@ -16,6 +16,7 @@ from .recordable import host_state, on_device, signature, why_not
 from .recorder import CudaRecorder
 from .sources import Rows
 from .steps import AfterStep, take_step
+from .update import Update
 
 WARM_UP = 3  # ordinary steps before recording: optimiser state, workspaces and compiled kernels must exist by then
 
@@ -30,7 +31,8 @@ class WholeSteps:
     dropped, and made again after another warm-up. `explanation` tells what was done.
 
     Learning rates lie on the device, as float32 like in PyTorch's fused kernels, and are updated there when they
-    change; `optimizer.param_groups` holds the user's own numbers between the steps.
+    change, by a function of the step's number or by the user; `optimizer.param_groups` holds the user's own numbers
+    between the steps. The penalty and clipping of `update` are part of the recorded step.
     """
 
     def __init__(self, rows: Rows, batch_size: int, recorder: CudaRecorder) -> None:
@@ -63,7 +65,7 @@ class WholeSteps:
         self,
         model: nn.Module,
         loss: LossFunction,
-        optimizer: Optimizer,
+        update: Update,
         order: Tensor | None,
         after_step: AfterStep | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -72,7 +74,7 @@ class WholeSteps:
             order = torch.arange(len(self._rows), device=self._order.device)
         with self._recorder.stream(self._order.device):
             self._order.copy_(order[: self._order.numel()].view_as(self._order))
-            return self._train(model, loss, optimizer, order.split(self._batch_size), after_step)
+            return self._train(model, loss, update, order.split(self._batch_size), after_step)
 
     def close(self) -> None:
         """Drop the recording and its memory. Gradients stay, in memory of their own."""
@@ -85,17 +87,20 @@ class WholeSteps:
         self,
         model: nn.Module,
         loss: LossFunction,
-        optimizer: Optimizer,
+        update: Update,
         batches: Sequence[Tensor],
         after_step: AfterStep | None,
     ) -> tuple[Tensor, Tensor]:
         full = len(self._order)
         look, position = True, None  # whether to look at what the user may have changed; where the device's count is
         for index, chosen in enumerate(batches):
+            update.begin()
             if look:
-                self._look(model, loss, optimizer)
+                self._look(model, loss, update)
+            if look or update.rate is not None:
+                self._send_rates(update.optimizer)
             if index < full and self._replay is None and self._reason is None and self._warm >= WARM_UP:
-                self._record(model, loss, optimizer)
+                self._record(model, loss, update)
             if index < full and self._replay is not None:
                 if position != index:  # the last step was an ordinary one
                     self._step.fill_(index)
@@ -106,7 +111,7 @@ class WholeSteps:
                 self._replayed += 1
             else:
                 warm_up = index < full and self._reason is None
-                value = (self._warm_up if warm_up else self._step_by_step)(model, loss, optimizer, chosen)
+                value = (self._warm_up if warm_up else self._step_by_step)(model, loss, update, chosen)
                 self._losses[index] = value
                 position = None
             self._taken += 1
@@ -115,13 +120,16 @@ class WholeSteps:
                 break
         return self._losses[: index + 1].clone(), torch.tensor([len(chosen) for chosen in batches[: index + 1]])
 
-    def _look(self, model: nn.Module, loss: LossFunction, optimizer: Optimizer) -> None:
-        """See what the user has changed: new learning rates go to the device, other things end the recording."""
-        reason = why_not(model, optimizer, self._order.device)
+    def _look(self, model: nn.Module, loss: LossFunction, update: Update) -> None:
+        """See what the user has changed beside learning rates: it ends the recording."""
+        reason = why_not(model, update.optimizer, self._order.device)
         self._recordable = reason is None
         self._reason = reason or self._never
-        if self._reason is not None or signature(model, loss, optimizer) != self._signature:
+        if self._reason is not None or signature(model, loss, update) != self._signature:
             self._drop()
+
+    def _send_rates(self, optimizer: Optimizer) -> None:
+        """Bring learning rates that have changed to the device."""
         for index, group in enumerate(optimizer.param_groups if self._recordable else ()):
             rate = 0.0 if on_device(group["lr"], group["params"]) else float(group["lr"])
             if index == len(self._rates):
@@ -134,12 +142,12 @@ class WholeSteps:
         self._gradients = []
         self._warm = 0
 
-    def _step_by_step(self, model: nn.Module, loss: LossFunction, optimizer: Optimizer, chosen: Tensor) -> Tensor:
+    def _step_by_step(self, model: nn.Module, loss: LossFunction, update: Update, chosen: Tensor) -> Tensor:
         """An ordinary step of the rows `chosen`; its loss."""
-        with self._rates_on_device(optimizer):
-            return take_step(model, [*model.parameters()], loss, optimizer, *self._batch(chosen))
+        with self._rates_on_device(update.optimizer):
+            return take_step(model, [*model.parameters()], loss, update, *self._batch(chosen))
 
-    def _warm_up(self, model: nn.Module, loss: LossFunction, optimizer: Optimizer, chosen: Tensor) -> Tensor:
+    def _warm_up(self, model: nn.Module, loss: LossFunction, update: Update, chosen: Tensor) -> Tensor:
         """An ordinary step, of which the last before recording is watched for what cannot be replayed.
 
         It launches the kernels that the recording will: compiling one is not allowed there.
@@ -147,24 +155,24 @@ class WholeSteps:
         self._warm += 1
         if self._warm < WARM_UP:
             with as_if_captured():
-                value = self._step_by_step(model, loss, optimizer, chosen)
+                value = self._step_by_step(model, loss, update, chosen)
         else:
             before = host_state(model)
             waits: list[str] = []
             with self._recorder.watch(waits), as_if_captured():
-                value = self._step_by_step(model, loss, optimizer, chosen)
+                value = self._step_by_step(model, loss, update, chosen)
             if waits:
                 self._never = f"a step waits for the device: {waits[0]}"
             elif host_state(model) != before:
                 self._never = "a step draws random numbers on the CPU or changes attributes of the model's modules"
             self._reason = self._never
-        self._signature = signature(model, loss, optimizer)
+        self._signature = signature(model, loss, update)
         return value
 
-    def _record(self, model: nn.Module, loss: LossFunction, optimizer: Optimizer) -> None:
+    def _record(self, model: nn.Module, loss: LossFunction, update: Update) -> None:
         def work() -> None:
             chosen = self._order.index_select(0, self._step).view(-1)
-            value = take_step(model, parameters, loss, optimizer, *self._batch(chosen))
+            value = take_step(model, parameters, loss, update, *self._batch(chosen))
             self._losses.index_copy_(0, self._step, value.double().view(1))
             self._step.add_(1)
 
@@ -173,7 +181,7 @@ class WholeSteps:
         for parameter in parameters:
             parameter.grad = None  # so that gradients get memory of the recording's own
         try:
-            with self._rates_on_device(optimizer), _capturable(optimizer):
+            with self._rates_on_device(update.optimizer), _capturable(update.optimizer):
                 self._replay = self._recorder.record(work)
         except Exception as error:  # whatever it is, an ordinary step shows whether it is an error
             self._drop()

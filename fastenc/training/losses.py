@@ -5,14 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastenc.data import DataError
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
-LOSSES: dict[str, LossFunction] = {"mse": F.mse_loss, "mae": F.l1_loss, "cross_entropy": F.cross_entropy}
+LOSSES: dict[str, LossFunction] = {
+    "mse": F.mse_loss,
+    "mae": F.l1_loss,
+    "huber": F.huber_loss,
+    "cross_entropy": F.cross_entropy,
+    "bce": F.binary_cross_entropy,
+    "bce_with_logits": F.binary_cross_entropy_with_logits,
+}
+_FUNCTIONS = {function: name for name, function in LOSSES.items()} | {F.smooth_l1_loss: "huber"}
+_MODULES: dict[type, str] = {
+    nn.MSELoss: "mse",
+    nn.L1Loss: "mae",
+    nn.HuberLoss: "huber",
+    nn.SmoothL1Loss: "huber",  # with its default beta of 1 the same formula
+    nn.CrossEntropyLoss: "cross_entropy",
+    nn.BCELoss: "bce",
+    nn.BCEWithLogitsLoss: "bce_with_logits",
+}
 
 
 def get_loss(loss: str | LossFunction) -> LossFunction:
@@ -24,6 +41,19 @@ def get_loss(loss: str | LossFunction) -> LossFunction:
     return LOSSES[loss]
 
 
+def loss_name(loss: str | LossFunction) -> str | None:
+    """The name in LOSSES of what `loss` computes, or None if it is not known to be one of these.
+
+    PyTorch's own functions and modules are known where their options are the default ones, and modules without hooks.
+    """
+    if isinstance(loss, str):
+        return loss if loss in LOSSES else None
+    if isinstance(loss, nn.Module):
+        name = _MODULES.get(type(loss))
+        return name if name and vars(loss) | {"training": True} == vars(type(loss)()) else None
+    return next((name for function, name in _FUNCTIONS.items() if function is loss), None)
+
+
 def fit_target(target: Tensor, output: Tensor, loss: str | LossFunction, name: str) -> Tensor:
     """`target` as the loss wants it for a model that gives `output`.
 
@@ -32,11 +62,12 @@ def fit_target(target: Tensor, output: Tensor, loss: str | LossFunction, name: s
         output: [any number of rows, ...], what the model gives; only its shape and dtype matter.
         loss: cross_entropy turns whole numbers into int64 labels and checks that each is a class of the model, or takes
             one probability for each class; the other names want the shape of the output, and give [rows] the shape
-            [rows, 1] if that is the output's. A function gets the target as it is.
+            [rows, 1] if that is the output's. bce and bce_with_logits want numbers within 0..1. A function gets the
+            target as it is.
         name: what to call the target in errors.
 
     Raises:
-        DataError: the shape, a label out of range, or a label that is not a whole number.
+        DataError: the shape, a label or number out of range, or a label that is not a whole number.
     """
     if callable(loss):
         return target
@@ -54,6 +85,13 @@ def fit_target(target: Tensor, output: Tensor, loss: str | LossFunction, name: s
             f"the model gives {list(wanted)} for a row and {name} has {list(target.shape[1:])}; "
             f"change the model's output or {name}"
         )
+    if loss in ("bce", "bce_with_logits"):
+        lowest, highest = target.min().item(), target.max().item()
+        if not 0.0 <= lowest <= highest <= 1.0:
+            raise DataError(
+                f"{name} holds numbers from {lowest:g} to {highest:g} and loss={loss!r} needs probabilities; "
+                f"bring {name} into 0..1, or use another loss"
+            )
     return target.to(output.dtype)
 
 

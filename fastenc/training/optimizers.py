@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 OptimizerLike = str | Optimizer | Callable[[list[nn.Parameter]], Optimizer]
+
+Schedule = Callable[[int], float]
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -20,21 +23,28 @@ DEFAULT_LR = 1e-3
 
 
 def make_optimizer(
-    optimizer: OptimizerLike, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float
+    optimizer: OptimizerLike,
+    parameters: Iterable[nn.Parameter],
+    lr: float | Schedule,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
 ) -> Optimizer:
-    """An optimiser over those of `parameters` that require gradients.
+    """An optimiser over those of `parameters` that require gradients; with a Schedule, at the rate of step 0.
 
     Raises:
-        ValueError: nothing to train, an unknown name, an option that the optimiser does not take, or an instance that
-            holds none of the parameters.
+        ValueError: nothing to train, an unknown name, an option that the optimiser does not take, a negative or NaN
+            option, or an instance that holds none of the parameters.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if not trainable:
         raise ValueError("the model has no parameter to train; set requires_grad on those that should be trained")
     if isinstance(optimizer, str):
-        return _named(optimizer, trainable, lr, weight_decay, momentum)
-    if (lr, weight_decay, momentum) != (DEFAULT_LR, 0.0, 0.0):
-        raise ValueError("lr, weight_decay and momentum belong to optimisers given by name; set them on your optimiser")
+        return _named(optimizer, trainable, lr, weight_decay, momentum, nesterov)
+    if (lr, weight_decay, momentum, nesterov) != (DEFAULT_LR, 0.0, 0.0, False):
+        raise ValueError(
+            "lr, weight_decay, momentum and nesterov belong to optimisers given by name; set them on your optimiser"
+        )
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(trainable)
     wanted = {id(parameter) for parameter in trainable}
     if not any(id(parameter) in wanted for group in made.param_groups for parameter in group["params"]):
@@ -42,14 +52,39 @@ def make_optimizer(
     return made
 
 
-def _named(name: str, parameters: list[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> Optimizer:
+def rate_at(schedule: Schedule, step: int) -> float:
+    """The learning rate of a step.
+
+    Raises:
+        ValueError: it is not a number of at least 0.
+    """
+    rate = schedule(step)
+    if not (isinstance(rate, Real) and rate >= 0.0):
+        raise ValueError(f"lr gives {rate!r} for step {step}; make it give a number of at least 0")
+    return float(rate)
+
+
+def _named(
+    name: str,
+    parameters: list[nn.Parameter],
+    lr: float | Schedule,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+) -> Optimizer:
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer is {name!r}; give one of {', '.join(OPTIMIZERS)}, an Optimizer, or a function")
-    options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+    options: dict[str, Any] = {"lr": rate_at(lr, 0) if callable(lr) else lr, "weight_decay": weight_decay}
+    for option, value in (*options.items(), ("momentum", momentum)):
+        if not value >= 0.0:
+            raise ValueError(f"{option} is {value!r}; give a number of at least 0")
     if name == "sgd":
-        options["momentum"] = momentum
-    elif momentum != 0.0:
-        raise ValueError(f"momentum is {momentum} and {name} takes none; use optimizer='sgd', or leave it out")
+        if nesterov and momentum == 0.0:
+            raise ValueError("nesterov=True needs a momentum above 0; give one, such as momentum=0.9")
+        options |= {"momentum": momentum, "nesterov": nesterov}
+    elif momentum != 0.0 or nesterov:
+        given = f"momentum is {momentum}" if momentum != 0.0 else "nesterov is True"
+        raise ValueError(f"{given} and {name} takes none; use optimizer='sgd', or leave it out")
     try:
         return OPTIMIZERS[name](parameters, fused=True, **options)
     except RuntimeError:  # PyTorch has no fused kernel for this device or dtype

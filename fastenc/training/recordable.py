@@ -13,6 +13,7 @@ from torch.nn.modules import module as for_all_modules
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .losses import LossFunction
+from .update import Update
 
 _OPTIMIZERS = (Adam, AdamW, SGD)  # whose fused kernels read the rate and count the steps on the device
 _MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -48,11 +49,12 @@ def why_not(model: nn.Module, optimizer: Optimizer, device: torch.device) -> str
     return "anomaly detection is on" if torch.is_anomaly_enabled() else None
 
 
-def signature(model: nn.Module, loss: LossFunction, optimizer: Optimizer) -> list[Any]:
+def signature(model: nn.Module, loss: LossFunction, update: Update) -> list[Any]:
     """What a recorded step depends on beside values in memory: equal lists, and a replay does what a step would.
 
     Memory is known by its address. Learning rates are not in it: they are values on the device.
     """
+    optimizer = update.optimizer
     modules = [(id(module), module.training, "forward" in vars(module)) for module in model.modules()]
     tensors = [
         (id(tensor), tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.requires_grad)
@@ -68,7 +70,8 @@ def signature(model: nn.Module, loss: LossFunction, optimizer: Optimizer) -> lis
         (id(parameter), [(name, _comparable(value)) for name, value in values.items()])
         for parameter, values in optimizer.state.items()
     ]
-    return [id(loss), id(optimizer), modules, tensors, groups, state]
+    options = (update.l1, update.clip_norm, update.clip_value)
+    return [id(loss), id(optimizer), options, modules, tensors, groups, state]
 
 
 def host_state(model: nn.Module) -> list[Any]:

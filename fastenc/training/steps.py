@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .losses import LossFunction
 from .sources import Rows
+from .update import Update
 
 AfterStep = Callable[[int, Tensor], bool]
 
@@ -17,24 +17,24 @@ AfterStep = Callable[[int, Tensor], bool]
 def train_rows(
     model: nn.Module,
     loss: LossFunction,
-    optimizer: Optimizer,
+    update: Update,
     rows: Rows,
     order: Tensor | None,
     batch_size: int,
     after_step: AfterStep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One epoch over `rows` in `order` (int64 [rows]; None: as they are); arguments and result as `train_batches`."""
-    return train_batches(model, loss, optimizer, rows.batches(batch_size, order), after_step)
+    return train_batches(model, loss, update, rows.batches(batch_size, order), after_step)
 
 
 def train_batches(
     model: nn.Module,
     loss: LossFunction,
-    optimizer: Optimizer,
+    update: Update,
     batches: Iterable[tuple[Tensor, Tensor]],
     after_step: AfterStep | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One optimiser step for each batch: forward, loss, backward, update.
+    """One step for each batch: forward, loss, backward, update.
 
     Args:
         batches: (x, target) of at least one row each.
@@ -47,7 +47,8 @@ def train_batches(
     losses: list[Tensor] = []
     counts: list[int] = []
     for x, target in batches:
-        value = take_step(model, parameters, loss, optimizer, x, target)
+        update.begin()
+        value = take_step(model, parameters, loss, update, x, target)
         losses.append(value)
         counts.append(x.shape[0])
         if after_step is not None and after_step(len(losses) - 1, value):
@@ -59,14 +60,17 @@ def take_step(
     model: nn.Module,
     parameters: list[nn.Parameter],
     loss: LossFunction,
-    optimizer: Optimizer,
+    update: Update,
     x: Tensor,
     target: Tensor,
 ) -> Tensor:
-    """One step: gradients afresh, forward, loss, backward, update. The loss before the update, without gradient."""
+    """One step that `update` has begun: gradients afresh, forward, loss, backward, update.
+
+    Returns: the loss before the update, [], without gradient and without the l1 penalty.
+    """
     for parameter in parameters:  # what zero_grad does, without its bookkeeping
         parameter.grad = None
     value = loss(model(x), target)
     value.backward()
-    optimizer.step()
+    update.apply(parameters)
     return value.detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from fastenc.data import DataError
 from .callbacks import Callback, History
 from .graph import WholeSteps
 from .losses import LossFunction, fit_target, get_loss
-from .optimizers import DEFAULT_LR, OptimizerLike, make_optimizer
+from .optimizers import DEFAULT_LR, OptimizerLike, Schedule, make_optimizer
 from .progress import Progress, wants_progress
 from .recorder import CudaRecorder
 from .rng import RandomNumbers
 from .sources import Rows, Stream, is_stream, make_rows, make_stream
 from .steps import train_batches, train_rows
+from .update import Update
 from .weights import Snapshot, all_finite, mode
 
 EVALUATION_ROWS = 1024  # at a time, where nothing is learned
@@ -32,8 +34,15 @@ class Trainer:
         model: any `nn.Module` from one tensor to one tensor.
         optimizer: "sgd", "adam", "adamw" (PyTorch's, fused where it can), an Optimizer, or a function that makes one
             from a list of parameters. It lives as long as the Trainer: a second `fit` goes on where the first ended.
-        lr, weight_decay, momentum: of an optimiser given by name; momentum for "sgd" only.
-        loss: "mse", "mae", "cross_entropy", or a function of (prediction, target) that gives the mean over the rows.
+        lr: of an optimiser given by name: the learning rate, or a function from a step's number to the rate of that
+            step. Steps count from 0 over the Trainer's life; the function may be called more than once for a step.
+        weight_decay, momentum, nesterov: of an optimiser given by name; the last two for "sgd" only.
+        l1: l1 * sign(weight) is added to the gradients of what is trained and has at least 2 dimensions (weights, not
+            biases) before they are clipped. The losses that are reported leave the penalty out.
+        clip_norm: the most that the norm of all gradients together may be: larger ones are scaled down to it.
+        clip_value: the most that each element of a gradient may be, up or down. Not together with clip_norm.
+        loss: "mse", "mae", "huber" (delta 1), "cross_entropy" (the model gives logits), "bce" (the model gives
+            probabilities), "bce_with_logits", or a function of (prediction, target) that gives the mean over the rows.
         seed: makes shuffling and dropout repeatable: the Trainer draws from random numbers of its own and PyTorch's
             global ones stay as they are, and `fit` for one epoch twice is `fit` for two. None: from the global ones.
         device: where to put the model; None leaves it where it is. Data follows the model.
@@ -49,25 +58,30 @@ class Trainer:
     On a GPU the step of a full batch is replayed from a CUDA graph where it can be: see `explain` and docs/gpu.md.
 
     Raises:
-        ValueError: an unknown name, or an option that does not go with the optimiser.
+        ValueError: an unknown name, a negative or NaN option, or one that does not go with the others.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: OptimizerLike = "adam",
-        lr: float = DEFAULT_LR,
+        lr: float | Schedule = DEFAULT_LR,
         loss: str | LossFunction = "mse",
         *,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
+        nesterov: bool = False,
+        l1: float = 0.0,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
         seed: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         self._loss = get_loss(loss)
         self.loss = loss
         self.model = model if device is None else model.to(device)
-        self.optimizer = make_optimizer(optimizer, model.parameters(), lr, weight_decay, momentum)
+        self.optimizer = make_optimizer(optimizer, model.parameters(), lr, weight_decay, momentum, nesterov)
+        self._update = Update(self.optimizer, l1, clip_norm, clip_value, rate=lr if callable(lr) else None)
         self.history = History()
         self.stop_training = False
         self._random_numbers = RandomNumbers(seed)
@@ -212,14 +226,15 @@ class Trainer:
             return self.stop_training
 
         hook = after_step if listeners else None
+        update = replace(self._update, optimizer=self.optimizer)  # a callback may have set another
         if isinstance(train, Rows):
             order = torch.randperm(len(train)).to(train.x.device) if shuffle else None
             if whole is not None:
-                losses, counts = whole.train(self.model, self._loss, self.optimizer, order, hook)
+                losses, counts = whole.train(self.model, self._loss, update, order, hook)
             else:
-                losses, counts = train_rows(self.model, self._loss, self.optimizer, train, order, batch_size, hook)
+                losses, counts = train_rows(self.model, self._loss, update, train, order, batch_size, hook)
         else:
-            losses, counts = train_batches(self.model, self._checked_loss, self.optimizer, train.batches(), hook)
+            losses, counts = train_batches(self.model, self._checked_loss, update, train.batches(), hook)
         losses = losses.double().cpu()
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
