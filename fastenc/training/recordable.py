@@ -26,10 +26,6 @@ def why_not(model: nn.Module, optimizer: Optimizer, device: torch.device) -> str
     """Why the step of `model` on `device` cannot be recorded, in words; None if nothing is known against it."""
     if type(optimizer) not in _OPTIMIZERS or not all(group.get("fused") for group in optimizer.param_groups):
         return "the optimiser is not PyTorch's Adam, AdamW or SGD with fused=True"
-    if _has_hooks(optimizer, _STEP_HOOKS):
-        return "the optimiser has hooks"
-    if "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        return "the optimiser's step was replaced"
     tensors = [*model.parameters(), *model.buffers()]
     if elsewhere := {str(tensor.device) for tensor in tensors if tensor.device != device}:
         return f"the model is on {device} and on {', '.join(sorted(elsewhere))}"
@@ -37,16 +33,25 @@ def why_not(model: nn.Module, optimizer: Optimizer, device: torch.device) -> str
         return "the model is in float64, and a recorded step keeps its learning rate in float32"
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return f"the model is in a {type(model).__name__}"
+    if reason := hook_reason(model, optimizer):
+        return reason
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on, which keeps casts of the weights from step to step"
+    return "anomaly detection is on" if torch.is_anomaly_enabled() else None
+
+
+def hook_reason(model: nn.Module, optimizer: Optimizer) -> str | None:
+    """What of the user's own code would have to run within a step, in words; None if nothing."""
+    if _has_hooks(optimizer, _STEP_HOOKS):
+        return "the optimiser has hooks"
+    if "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        return "the optimiser's step was replaced"
     for name, module in model.named_modules():
         if _has_hooks(module, _MODULE_HOOKS):
             return f"{name or 'the model'} has hooks"
     if any(_has_hooks(parameter, _TENSOR_HOOKS) for parameter in model.parameters()):
         return "a parameter has hooks"
-    if _has_hooks(for_all_modules, _GLOBAL_HOOKS):
-        return "all modules have hooks"
-    if torch.is_autocast_enabled(device.type):
-        return "autocast is on, which keeps casts of the weights from step to step"
-    return "anomaly detection is on" if torch.is_anomaly_enabled() else None
+    return "all modules have hooks" if _has_hooks(for_all_modules, _GLOBAL_HOOKS) else None
 
 
 def signature(model: nn.Module, loss: LossFunction, update: Update) -> list[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastenc.data import DataError
 
 from .callbacks import Callback, History
+from .engine import EngineSteps
 from .graph import WholeSteps
 from .losses import LossFunction, fit_target, get_loss
 from .optimizers import DEFAULT_LR, OptimizerLike, Schedule, make_optimizer
@@ -20,7 +21,7 @@ from .progress import Progress, wants_progress
 from .recorder import CudaRecorder
 from .rng import RandomNumbers
 from .sources import Rows, Stream, is_stream, make_rows, make_stream
-from .steps import train_batches, train_rows
+from .steps import train_batches
 from .update import Update
 from .weights import Snapshot, all_finite, mode
 
@@ -55,7 +56,8 @@ class Trainer:
     torch Dataset or DataLoader that gives x or (x, y). A DataLoader's own batch size and shuffling hold, not those
     given here; a Dataset is read in batches of `batch_size`. Arrays are copied to the model's device as a whole.
 
-    On a GPU the step of a full batch is replayed from a CUDA graph where it can be: see `explain` and docs/gpu.md.
+    On the CPU whole steps of the encoders and heads of this package are taken by a C++ engine where nothing asks for
+    more; on a GPU the step of a full batch is replayed from a CUDA graph where it can be: see `explain` and docs/gpu.md.
 
     Raises:
         ValueError: an unknown name, a negative or NaN option, or one that does not go with the others.
@@ -115,8 +117,9 @@ class Trainer:
 
         Raises:
             DataError: bad x, y, validation_data or validation_split. Arrays are looked at before the model is touched.
-            FloatingPointError: a loss or a weight became NaN or Inf. The model has the weights of the last good epoch
-                (with EarlyStopping, of the best) and the optimiser starts afresh.
+            FloatingPointError: a loss or a weight became NaN or Inf. The model has the weights of before that step
+                where the engine took it, else of the last good epoch, and the optimiser starts afresh. (With
+                EarlyStopping, those of the best epoch.)
         """
         _check_count("epochs", epochs)
         _check_count("batch_size", batch_size)
@@ -159,7 +162,7 @@ class Trainer:
         return self._outputs(getattr(self.model, "encode", self.model), x, batch_size)
 
     def explain(self) -> str:
-        """How the steps of the latest `fit` were taken, and why: replayed from a CUDA graph, or step by step."""
+        """How the steps of the latest `fit` were taken, and why: by the C++ engine, from a CUDA graph, or step by step."""
         return self._how
 
     def _epochs(
@@ -172,11 +175,11 @@ class Trainer:
         callbacks: Sequence[Callback],
     ) -> None:
         good = Snapshot(self.model)
-        whole: WholeSteps | None = None
+        whole: EngineSteps | WholeSteps | None = None
         if not isinstance(train, Rows):
             self._how = "step by step: the data comes from a Dataset or DataLoader"
         elif reason := self._recorder.why_not(train.x.device):
-            self._how = f"step by step: {reason}"
+            whole = EngineSteps(train, batch_size, elsewhere=reason)
         else:
             whole = WholeSteps(train, batch_size, self._recorder)
         for callback in callbacks:
@@ -185,7 +188,7 @@ class Trainer:
             for epoch in range(epochs):
                 for callback in callbacks:
                     callback.on_epoch_begin(epoch)
-                logs = {"loss": self._train_epoch(epoch, train, whole, batch_size, shuffle, callbacks)}
+                logs = {"loss": self._train_epoch(epoch, train, whole, shuffle, callbacks)}
                 good.take()
                 if validation is not None:
                     measured = self._evaluate(validation, EVALUATION_ROWS)
@@ -196,7 +199,8 @@ class Trainer:
                 if self.stop_training:
                     break
         except BaseException as error:
-            if isinstance(error, FloatingPointError) or not all_finite(self.model):
+            stopped_in_time = isinstance(whole, EngineSteps) and whole.stopped_in_time
+            if (isinstance(error, FloatingPointError) and not stopped_in_time) or not all_finite(self.model):
                 good.restore()
                 self.optimizer.state.clear()  # its averages are NaN as well
             raise
@@ -211,8 +215,7 @@ class Trainer:
         self,
         epoch: int,
         train: Rows | Stream,
-        whole: WholeSteps | None,
-        batch_size: int,
+        whole: EngineSteps | WholeSteps | None,
         shuffle: bool,
         callbacks: Sequence[Callback],
     ) -> float:
@@ -229,19 +232,18 @@ class Trainer:
         update = replace(self._update, optimizer=self.optimizer)  # a callback may have set another
         if isinstance(train, Rows):
             order = torch.randperm(len(train)).to(train.x.device) if shuffle else None
-            if whole is not None:
-                losses, counts = whole.train(self.model, self._loss, update, order, hook)
-            else:
-                losses, counts = train_rows(self.model, self._loss, update, train, order, batch_size, hook)
+            assert whole is not None
+            losses, counts = whole.train(self.model, self._loss, update, order, hook)
         else:
             losses, counts = train_batches(self.model, self._checked_loss, update, train.batches(), hook)
         losses = losses.double().cpu()
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             step = int(bad[0])
+            kept = isinstance(whole, EngineSteps) and whole.stopped_in_time and all_finite(self.model)
             raise FloatingPointError(
                 f"the loss became {losses[step].item()} in epoch {epoch + 1}, step {step + 1}, and the model has the "
-                "weights from before that epoch again; try a smaller lr, or scale the data"
+                f"weights from before that {'step' if kept else 'epoch again'}; try a smaller lr, or scale the data"
             )
         if not all_finite(self.model):
             raise FloatingPointError(

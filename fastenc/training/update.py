@@ -67,6 +67,23 @@ class Update:
                 group["lr"] = rate
         self.steps.taken += 1
 
+    def rates(self, count: int) -> Tensor:
+        """The learning rates of the next `count` steps: float64 [count, groups]. For steps taken as a whole."""
+        groups = self.optimizer.param_groups
+        if self.rate is None:
+            rates = torch.tensor([[float(group["lr"]) for group in groups]], dtype=torch.float64)
+            return rates.expand(count, -1).contiguous()
+        values = [[rate_at(self.rate, self.steps.taken + step)] * len(groups) for step in range(count)]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def advance(self, count: int) -> None:
+        """What `begin` does, for `count` steps that were taken at `rates`."""
+        if self.rate is not None and count > 0:
+            rate = rate_at(self.rate, self.steps.taken + count - 1)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        self.steps.taken += count
+
     def apply(self, parameters: Sequence[nn.Parameter]) -> None:
         """Penalise, clip and update, by what `parameters`, all of the model, have for gradients.
 
