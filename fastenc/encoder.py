@@ -146,6 +146,26 @@ def _run_both(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
     return _run(below[0] + above[0], dropouts, x)
 
 
+def plain_stack(model: nn.Module) -> tuple[list[FusedDense], list[float]] | None:
+    """The layers that a model of this module runs one after the other, and the dropout after each as it is now.
+
+    None if the model may do anything else: other classes, subclasses, hooks, replaced layers.
+    """
+    parts = {AutoEncoder: ("encoder", "decoder"), Classifier: ("encoder", "head"), Regressor: ("encoder", "head")}
+    names = parts.get(type(model))
+    if _has_global_hooks() or (names is not None and not _is_plain(model, type(model))):
+        return None
+    layers: list[FusedDense] = []
+    dropouts: list[float] = []
+    for stack in [model] if names is None else [getattr(model, name) for name in names]:
+        fusible = _fusible(stack)
+        if fusible is None or not all(_is_plain(layer, FusedDense) for layer in fusible[0]):
+            return None
+        layers += cast("list[FusedDense]", fusible[0])
+        dropouts += fusible[1] or (0.0,) * len(fusible[0])
+    return layers, dropouts
+
+
 class AutoEncoder(Pretrained, nn.Module):
     """An encoder and its mirror image: `decode(encode(x))` is trained to be `x`.
 

@@ -98,6 +98,11 @@ def record() -> Iterator[list[Decision]]:
         _recorder.reset(token)
 
 
+def forced_backend() -> str:
+    """What `use_backend` asks for in this thread; "auto" by default."""
+    return _forced.get()
+
+
 @contextlib.contextmanager
 def as_if_captured() -> Iterator[None]:
     """Choose backends meanwhile, in this thread, as within a CUDA graph: in the steps before one is recorded."""

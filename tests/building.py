@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[1]
+EXTENSION_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")  # of _C, which serves one Python
 EAGER = "_eager_" + re.sub(r"\W", "_", torch.__version__)
 
 SOURCES = ("benchmarks", "csrc", "examples", "fastenc", "kernels", "tests")
@@ -65,7 +67,7 @@ def copy_sources(folder: Path) -> Path:
         if path.is_file():
             shutil.copy(path, folder)
     (folder / "fastenc" / "_eager_1_13_1.abi3.so").touch()
-    (folder / "fastenc" / "_C.abi3.so").write_text("stale")
+    (folder / "fastenc" / f"_C{EXTENSION_SUFFIX}").write_text("stale")
     (folder / "fastenc" / "_C_cuda.abi3.so").write_text("stale")
     return folder
 

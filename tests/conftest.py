@@ -21,6 +21,13 @@ def one_thread():
         yield
 
 
+@pytest.fixture
+def step_by_step():
+    """Training by one operation after another: the engine's sums differ in the last bits."""
+    with fastenc.use_backend("reference"):
+        yield
+
+
 @pytest.fixture(params=accuracy.PATHS)
 def path(request):
     """Each of the ways that run the layers on plain tensors."""

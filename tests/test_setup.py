@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from building import EAGER, ROOT, build, copy_sources, make_toolkit, python, said, unpack
+from building import EAGER, EXTENSION_SUFFIX, ROOT, build, copy_sources, make_toolkit, python, said, unpack
 from setuptools import Extension
 from torch.utils import cpp_extension
 
@@ -283,7 +283,7 @@ def test_what_does_not_compile_is_left_out_with_a_reason(tmp_path):
     assert built.endswith(": the CPU kernels (for torch 2.13 and newer)")
     assert f"left out: their autograd in C++ (for torch {torch.__version__}" in left_out
     assert left_out.endswith("autograd runs in Python")
-    assert (in_place / "_C.abi3.so").read_bytes().startswith(b"\x7fELF")
+    assert (in_place / f"_C{EXTENSION_SUFFIX}").read_bytes().startswith(b"\x7fELF")
     assert not stale.exists()  # from other sources than the kernels beside it
 
     with pytest.raises(AssertionError, match="this source is refused"):

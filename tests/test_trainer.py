@@ -39,6 +39,7 @@ OPTIMIZERS = {
 LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss}
 
 
+@pytest.mark.usefixtures("step_by_step")
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -90,6 +90,7 @@ class Flow(IterableDataset):
         return iter(self.x)
 
 
+@pytest.mark.usefixtures("step_by_step")
 @pytest.mark.parametrize(
     "form",
     [

@@ -130,7 +130,7 @@ def test_why_not_without_a_gpu_and_from_a_stream():
     trainer = Trainer(make_model())
     assert trainer.explain() == "no fit was started"
     fit(trainer)
-    assert trainer.explain() == "step by step: the model is on cpu, and CUDA graphs are for GPUs"
+    assert trainer.explain() == "step by step: use_backend('reference') asks for that"
     fit(trainer, torch.utils.data.TensorDataset(make_x(9)))
     assert trainer.explain() == "step by step: the data comes from a Dataset or DataLoader"
 

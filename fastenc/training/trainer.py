@@ -56,8 +56,8 @@ class Trainer:
     torch Dataset or DataLoader that gives x or (x, y). A DataLoader's own batch size and shuffling hold, not those
     given here; a Dataset is read in batches of `batch_size`. Arrays are copied to the model's device as a whole.
 
-    On the CPU whole steps of the encoders and heads of this package are taken by a C++ engine where nothing asks for
-    more; on a GPU the step of a full batch is replayed from a CUDA graph where it can be: see `explain` and docs/gpu.md.
+    On the CPU a C++ engine takes whole steps of the encoders and heads of this package where nothing asks for more; on
+    a GPU the step of a full batch is replayed from a CUDA graph where it can be: see `explain` and docs/gpu.md.
 
     Raises:
         ValueError: an unknown name, a negative or NaN option, or one that does not go with the others.
@@ -162,7 +162,7 @@ class Trainer:
         return self._outputs(getattr(self.model, "encode", self.model), x, batch_size)
 
     def explain(self) -> str:
-        """How the steps of the latest `fit` were taken, and why: by the C++ engine, from a CUDA graph, or step by step."""
+        """How the steps of the latest `fit` were taken, and why: by the C++ engine, by a CUDA graph, or one by one."""
         return self._how
 
     def _epochs(

@@ -1,0 +1,324 @@
+"""Whole steps on the CPU: the C++ training engine of `csrc/cpu/train.h`, for the stacks that it knows."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from ..activation import activation_code
+from ..backends import cpu
+from ..encoder import plain_stack
+from ..ops import forced_backend
+from .losses import LossFunction, loss_name
+from .recordable import hook_reason, signature
+from .sources import Rows
+from .steps import AfterStep, train_rows
+from .update import Update
+
+LOSS_CODES = ("mse", "mae", "huber", "cross_entropy", "bce", "bce_with_logits")  # as LossKind
+OPTIMIZER_CODES = ("sgd", "adam", "adamw")  # as OptimizerKind
+CALL_S = 0.05  # about as long as Ctrl-C may wait; returning to Python costs a thousandth of it
+FIRST_STEPS = 8  # of the first call, from which the length of the next is told
+_UNKNOWN_OPTIONS = ("amsgrad", "maximize", "differentiable", "dampening")
+
+
+class EngineSteps:
+    """The steps of one `fit` over `rows`: by the engine where it can take them, else one operation after another.
+
+    The engine works in the module's own parameters and in the optimiser's own state, by PyTorch's rules; its results
+    are those of the ordinary steps within rounding, and the same bits for any number of threads. Under
+    `torch.autocast("cpu", torch.bfloat16)` it multiplies in bf16 and keeps the weights in fp32. Afterwards parameters
+    have no gradient; with a listener after each step they have that of the step, as after an ordinary one.
+
+    `elsewhere`: what to say where the model is not on the CPU. `explanation` tells how steps were taken.
+    """
+
+    def __init__(self, rows: Rows, batch_size: int, elsewhere: str) -> None:
+        self._rows, self._batch_size, self._elsewhere = rows, batch_size, elsewhere
+        self._engine: Any = None
+        self._signature: list[Any] | None = None
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._held: list[Any] = []  # what the engine has the addresses of
+        self._target_reason: dict[str, str | None] = {}
+        self._call_steps = FIRST_STEPS
+        self._taken = self._whole = 0
+        self._reason: str | None = "no step was taken"
+        self.stopped_in_time = False  # a loss was not finite, and the parameters are as before that step
+
+    @property
+    def explanation(self) -> str:
+        """How the steps were taken so far, and why."""
+        if not self._whole:
+            return f"step by step: {self._reason}"
+        after = "" if self._reason is None else f"; now step by step: {self._reason}"
+        return f"{self._whole:,} of {self._taken:,} steps were taken whole, by the C++ engine{after}"
+
+    def train(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        update: Update,
+        order: Tensor | None,
+        after_step: AfterStep | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One epoch; arguments and result as `train_rows`."""
+        rows, batch_size = self._rows, self._batch_size
+        self.stopped_in_time = False
+        self._look(model, loss, update, after_step is not None)
+        if self._engine is None:
+            result = train_rows(model, loss, update, rows, order, batch_size, after_step)
+            self._taken += len(result[0])
+            return result
+        order = torch.arange(len(rows)) if order is None else order.contiguous()
+        batches = order.split(batch_size)
+        counts = torch.tensor([len(batch) for batch in batches])
+        losses = torch.zeros(len(batches), dtype=torch.float64)
+        seed = int(torch.randint(2**62, ())) if self._drops else 0
+        done = 0
+        while done < len(batches):
+            if after_step is not None and done > 0:
+                self._look(model, loss, update, True)
+            if self._engine is None:  # a listener has changed something
+                first = done
+
+                def shifted(step: int, value: Tensor, first: int = first) -> bool:
+                    return after_step is not None and after_step(first + step, value)
+
+                rest, _ = train_rows(model, loss, update, rows, order[done * batch_size :], batch_size, shifted)
+                losses[done : done + len(rest)] = rest.double()
+                self._taken += len(rest)
+                done += len(rest)
+                break
+            count = 1 if after_step is not None else min(self._call_steps, len(batches) - done)
+            taken = self._run(update, order, losses, done, count, seed)
+            done += taken
+            if taken < count:
+                self.stopped_in_time = True
+                done += 1  # whose loss is told
+                break
+            if after_step is not None and after_step(done - 1, losses[done - 1]):
+                break
+        return losses[:done], counts[:done]
+
+    def close(self) -> None:
+        """Drop the engine and its memory."""
+        self._engine = self._signature = None
+        self._held = []
+
+    def _run(self, update: Update, order: Tensor, losses: Tensor, done: int, count: int, seed: int) -> int:
+        """`count` steps from step `done` of the epoch on; how many were taken."""
+        x, target = self._rows.x, self._rows.target
+        labels = not target.is_floating_point()
+        part = order[done * self._batch_size : (done + count) * self._batch_size]
+        rates = update.rates(count)
+        for parameter in self._trained:
+            parameter.grad = self._gradients.get(parameter)
+        start = time.perf_counter()
+        taken = self._engine.run(
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            target=0 if labels else target.data_ptr(),
+            target_stride=target.stride(0),
+            labels=target.data_ptr() if labels else 0,
+            order=part.data_ptr(),
+            rows=len(part),
+            rates=rates.data_ptr(),
+            seed=seed,
+            first_step=done,
+            losses=losses[done:].data_ptr(),
+        )
+        seconds = (time.perf_counter() - start) / count
+        self._call_steps = max(1, int(CALL_S / max(seconds, 1e-9)))
+        for parameter in self._trained:
+            increment_version(parameter)  # or autograd would take a graph of the old weights for a good one
+        update.advance(taken)
+        self._taken += taken
+        self._whole += taken
+        return taken
+
+    def _look(self, model: nn.Module, loss: LossFunction, update: Update, leaves_gradients: bool) -> None:
+        """See what the user may have changed, and make the engine anew if it has to be."""
+        self._reason = self._why_not(model, loss, update)
+        if self._reason is not None:
+            self.close()
+            return
+        _fill_state(update.optimizer)
+        now = [*signature(model, loss, update), torch.is_autocast_enabled("cpu"), leaves_gradients]
+        if self._engine is None or now != self._signature:
+            self._signature = now
+            self._make(model, loss, update, leaves_gradients)
+
+    def _why_not(self, model: nn.Module, loss: LossFunction, update: Update) -> str | None:
+        """Why the engine cannot take the steps, in words; None if it can."""
+        if self._rows.x.device.type != "cpu":
+            return self._elsewhere
+        if reason := cpu.why_unavailable():
+            return reason
+        if forced_backend() not in ("auto", cpu.NAME):
+            return f"use_backend({forced_backend()!r}) asks for that"
+        stack = plain_stack(model)
+        if stack is None:
+            return (
+                "the model is not a plain FusedDense, Encoder, AutoEncoder, Classifier or Regressor: it is of another "
+                "class, or has hooks"
+            )
+        name = loss_name(loss)
+        if name is None:
+            return "the loss is a function that the engine does not know"
+        if reason := hook_reason(model, update.optimizer):
+            return reason
+        if reason := _optimizer_reason(model, update.optimizer):
+            return reason
+        if not torch.is_grad_enabled():
+            return "gradients are switched off"
+        if torch.is_anomaly_enabled():
+            return "anomaly detection is on"
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            if dtype != torch.bfloat16 or name == "bce" or not _extension().multiplies_bfloat16():
+                return f"autocast to {dtype} is on, which the engine cannot follow for this loss on this CPU"
+        if name not in self._target_reason:
+            self._target_reason[name] = _data_reason(self._rows, name, stack[0][-1].out_features)
+        return self._target_reason[name]
+
+    def _make(self, model: nn.Module, loss: LossFunction, update: Update, leaves_gradients: bool) -> None:
+        _C = _extension()
+        stack = plain_stack(model)
+        name = loss_name(loss)
+        assert stack is not None
+        assert name is not None
+        optimizer = update.optimizer
+        groups = {parameter: i for i, group in enumerate(optimizer.param_groups) for parameter in group["params"]}
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._gradients = {p: torch.zeros_like(p) for p in self._trained} if leaves_gradients else {}
+
+        def described(parameter: nn.Parameter | None) -> Any:
+            if parameter is None:
+                return _C.Parameter()
+            if not parameter.requires_grad:
+                return _C.Parameter(value=parameter.data_ptr())
+            state = optimizer.state[parameter]
+            moments = [state[key] for key in ("exp_avg", "exp_avg_sq", "momentum_buffer") if key in state]
+            gradient = self._gradients.get(parameter)
+            self._held.append((parameter, state.get("step"), moments, gradient))
+            return _C.Parameter(
+                value=parameter.data_ptr(),
+                trained=True,
+                group=groups[parameter],
+                moments=[moment.data_ptr() for moment in moments],
+                steps=state["step"].data_ptr() if "step" in state else 0,
+                grad=0 if gradient is None else gradient.data_ptr(),
+            )
+
+        self._held = []
+        layers, dropouts = stack
+        self._drops = any(dropouts)
+        self._engine = _C.TrainingEngine(
+            layers=[
+                _C.Layer(
+                    in_features=layer.in_features,
+                    out_features=layer.out_features,
+                    activation=activation_code(layer.activation),
+                    dropout=dropout,
+                    weight=described(layer.weight),
+                    bias=described(layer.bias),
+                )
+                for layer, dropout in zip(layers, dropouts, strict=True)
+            ],
+            groups=[_group(_C, group) for group in optimizer.param_groups],
+            bfloat16=torch.is_autocast_enabled("cpu"),
+            batch_size=min(self._batch_size, len(self._rows)),
+            loss=LOSS_CODES.index(name),
+            optimizer=OPTIMIZER_CODES.index(_rule(optimizer)),
+            l1=float(update.l1),
+            clip_norm=float(update.clip_norm or 0.0),
+            clip_value=float(update.clip_value or 0.0),
+        )
+
+
+def _extension() -> Any:
+    return importlib.import_module("fastenc._C")
+
+
+def _rule(optimizer: Optimizer) -> str:
+    """The update rule, of OPTIMIZER_CODES."""
+    if isinstance(optimizer, SGD):
+        return "sgd"
+    decoupled = isinstance(optimizer, AdamW) or optimizer.param_groups[0].get("decoupled_weight_decay")
+    return "adamw" if decoupled else "adam"
+
+
+def _group(_C: Any, group: dict[str, Any]) -> Any:
+    beta1, beta2 = group.get("betas", (0.0, 0.0))
+    return _C.Group(
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=group.get("eps", 0.0),
+        momentum=group.get("momentum", 0.0),
+        weight_decay=group["weight_decay"],
+        nesterov=group.get("nesterov", False),
+    )
+
+
+def _fill_state(optimizer: Optimizer) -> None:
+    """Give parameters that were never updated the state that the optimiser's first step would."""
+    sgd = isinstance(optimizer, SGD)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter] if parameter.requires_grad else {}
+            if not parameter.requires_grad or (sgd and group["momentum"] == 0):
+                continue
+            if sgd:
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+            elif not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+
+
+def _optimizer_reason(model: nn.Module, optimizer: Optimizer) -> str | None:
+    if type(optimizer) not in (SGD, Adam, AdamW):
+        return "the optimiser is not PyTorch's SGD, Adam or AdamW"
+    for group in optimizer.param_groups:
+        if option := next((option for option in _UNKNOWN_OPTIONS if group.get(option)), None):
+            return f"the optimiser has the option {option}"
+    if len({bool(group.get("decoupled_weight_decay")) for group in optimizer.param_groups}) > 1:
+        return "the optimiser's groups decay weights in two ways"
+    parameters = [*model.parameters()]
+    if any(p.dtype != torch.float32 or not p.is_cpu or not p.is_contiguous() for p in parameters):
+        return "a parameter is not float32, contiguous and on the CPU"
+    if len({parameter.data_ptr() for parameter in parameters}) < len(parameters):
+        return "layers share a parameter"
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not held <= {id(parameter) for parameter in parameters}:
+        return "the optimiser holds parameters of something else, too"
+    if any(parameter.requires_grad and id(parameter) not in held for parameter in parameters):
+        return "the optimiser does not hold all that requires gradients"
+    for parameter in parameters:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            shape = () if key == "step" else parameter.shape
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape != shape:
+                return f"the optimiser's {key} is not a float32 tensor of its parameter's shape"
+            if not value.is_cpu or not value.is_contiguous():
+                return f"the optimiser's {key} is not contiguous and on the CPU"
+    return None
+
+
+def _data_reason(rows: Rows, loss: str, outputs: int) -> str | None:
+    x, target = rows.x, rows.target
+    if x.dtype != torch.float32 or x.ndim != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
+        return "x is not float32 rows"
+    if loss == "cross_entropy" and target.dtype == torch.int64 and target.ndim == 1 and target.is_contiguous():
+        inside = len(target) == 0 or (int(target.min()) >= 0 and int(target.max()) < outputs)
+        return None if inside else f"there are labels outside of 0 to {outputs - 1}"
+    if target.dtype != torch.float32 or target.shape != (len(x), outputs):
+        return f"the target is not float32 [{len(x)}, {outputs}]"
+    return "the target is not rows in memory" if outputs > 1 and target.stride(1) != 1 else None

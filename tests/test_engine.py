@@ -1,0 +1,352 @@
+"""The training engine: the ordinary steps' results, the same bits however it is called, and what it leaves behind."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from accuracy import Worst
+from torch import nn
+from torch.nn import functional as F
+
+from fastenc import _C, AutoEncoder, Callback, Classifier, Encoder, Trainer, use_backend
+from fastenc.activation import ACTIVATIONS
+from fastenc.backends.reference import dropout_scale
+from fastenc.training.engine import LOSS_CODES, EngineSteps
+from fastenc.training.losses import LOSSES
+from fastenc.training.sources import Rows
+from fastenc.training.update import Update
+
+ROWS, STEPS_A_EPOCH, BATCH = 70, 4, 19  # the last batch is short
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "decay": lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=0.01),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.003, betas=(0.8, 0.99), weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.003, weight_decay=0.1),
+}
+
+
+def make_model(activation: str = "tanh", final: str = "identity", bias: bool = True, dropout: float = 0.0) -> Encoder:
+    return Encoder(17, (33, 20, 5), activation, final, bias, dropout)
+
+
+def make_data(loss: str) -> Rows:
+    x = torch.randn(ROWS, 17)
+    if loss == "cross_entropy":
+        return Rows(x, torch.randint(5, (ROWS,)))
+    return Rows(x, torch.rand(ROWS, 5))
+
+
+def orders(epochs: int) -> list[torch.Tensor]:
+    return [torch.randint(ROWS, (ROWS,)) for _ in range(epochs)]  # rows may come more than once
+
+
+def train(model, data, loss, optimizer, epochs, *, engine: bool, **options):
+    """The losses of all steps; by the engine, or by autograd."""
+    update = Update(optimizer, **options)
+    steps = EngineSteps(data, BATCH, elsewhere="")
+    losses = []
+    with use_backend("auto" if engine else "reference"):
+        for order in epochs:
+            losses.append(steps.train(model, LOSSES[loss], update, order)[0].double())
+    assert ("C++" in steps.explanation) == engine, steps.explanation
+    return torch.cat(losses)
+
+
+def in_double(data: Rows) -> Rows:
+    target = data.target.double() if data.target.is_floating_point() else data.target
+    return Rows(data.x.double(), target)
+
+
+def compare(model, data, loss, make_optimizer, epochs=50, **options):
+    """The engine, autograd in float32 and in float64, each from the same weights and over the same batches."""
+    order = orders(epochs)
+    results = []
+    for engine, double in ((True, False), (False, False), (False, True)):
+        twin = copy.deepcopy(model).double() if double else copy.deepcopy(model)
+        trained = [p for p in twin.parameters() if p.requires_grad]
+        losses = train(
+            twin, in_double(data) if double else data, loss, make_optimizer(trained), order, engine=engine, **options
+        )
+        results.append([losses, *(p.detach() for p in twin.parameters())])
+    check(*results)
+    return results[0]
+
+
+def check(actual, eager, exact):
+    """The error rule, for each tensor."""
+    worst = Worst()
+    worst.add(*({str(i): tensor for i, tensor in enumerate(result)} for result in (actual, eager, exact)))
+    worst.check()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizers_over_200_steps(optimizer):
+    torch.manual_seed(0)
+    compare(make_model(), make_data("mse"), "mse", OPTIMIZERS[optimizer])
+
+
+@pytest.mark.parametrize("loss", LOSS_CODES)
+def test_losses_over_200_steps(loss):
+    torch.manual_seed(1)
+    model = make_model(final="sigmoid" if loss == "bce" else "identity")
+    data = make_data(loss)
+    if loss in ("mae", "huber"):  # far from where rounding decides the sign
+        data = Rows(data.x, data.target + torch.where(data.target > 0.5, 5.0, -5.0))
+    compare(model, data, loss, OPTIMIZERS["sgd"])
+
+
+def test_losses_have_the_order_of_the_engine():
+    assert set(LOSS_CODES) == set(LOSSES)
+
+
+def test_cross_entropy_with_probabilities():
+    torch.manual_seed(2)
+    data = Rows(torch.randn(ROWS, 17), torch.softmax(torch.randn(ROWS, 5), 1))
+    compare(make_model(), data, "cross_entropy", OPTIMIZERS["adam"], epochs=10)
+
+
+@pytest.mark.parametrize("activation", sorted(set(ACTIVATIONS) - {"relu", "leaky_relu"}))
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_smooth_activations_over_200_steps(activation, bias):
+    torch.manual_seed(3)
+    compare(make_model(activation, bias=bias), make_data("mse"), "mse", OPTIMIZERS["sgd"])
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_activations_with_a_kink(activation):
+    # Few steps: later, rounding alone decides on which side of 0 some value falls.
+    torch.manual_seed(4)
+    compare(make_model(activation), make_data("mse"), "mse", OPTIMIZERS["sgd"], epochs=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"clip_norm": 0.05}, {"clip_value": 0.002}, {"l1": 0.001}, {"rate": lambda step: 0.05 / (1 + step)}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options(options):
+    torch.manual_seed(5)
+    compare(make_model(), make_data("mse"), "mse", OPTIMIZERS["sgd"], epochs=5, **options)
+
+
+def test_large_batches_are_cut_into_chunks(monkeypatch):
+    monkeypatch.setitem(globals(), "BATCH", 1300)
+    monkeypatch.setitem(globals(), "ROWS", 3000)
+    torch.manual_seed(6)
+    for options in ({}, {"clip_norm": 0.05}):
+        compare(make_model(), make_data("mse"), "mse", OPTIMIZERS["adam"], epochs=2, **options)
+
+
+def test_every_build_of_the_kernels(build):
+    torch.manual_seed(7)
+    compare(make_model("gelu"), make_data("mse"), "mse", OPTIMIZERS["adam"], epochs=5)
+
+
+def test_frozen_parameters_stay_and_cost_no_gradient():
+    torch.manual_seed(8)
+    for frozen in (["layers.0.weight", "layers.0.bias"], ["layers.1.weight"], ["layers.2.bias", "layers.0.bias"]):
+        model = make_model()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        _, *after = compare(model, make_data("mse"), "mse", OPTIMIZERS["adam"], epochs=3)
+        for (name, old), new in zip(before.items(), after, strict=True):
+            assert torch.equal(old, new) == (name in frozen), name
+
+
+def test_dropout_drops_what_its_numbers_say():
+    torch.manual_seed(9)
+    model, data = make_model(dropout=0.3), make_data("mse")
+    twin = copy.deepcopy(model)
+    order = torch.randperm(ROWS)
+    torch.manual_seed(10)
+    losses = train(model, data, "mse", OPTIMIZERS["sgd"](model.parameters()), [order], engine=True)
+    torch.manual_seed(10)
+    seed = torch.randint(2**62, (1,))
+    optimizer = OPTIMIZERS["sgd"](twin.parameters())
+    exact = []
+    for step, rows in enumerate(order.split(BATCH)):
+        out = data.x[rows]
+        for index, layer in enumerate(twin.layers):
+            out = ACTIVATIONS[layer.activation].forward(F.linear(out, layer.weight, layer.bias))
+            if index < 2:
+                out = out * dropout_scale(seed + step * 64, index, len(rows), layer.out_features, 0.3)
+        optimizer.zero_grad()
+        value = F.mse_loss(out, data.target[rows])
+        value.backward()
+        optimizer.step()
+        exact.append(value.detach().double())
+    torch.testing.assert_close(losses, torch.stack(exact), rtol=1e-5, atol=0)  # other dropped elements: some percent
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_bfloat16_under_autocast():
+    torch.manual_seed(11)
+    model, data = make_model(), make_data("mse")
+    order, results = orders(5), []
+    for engine, double in ((True, False), (False, False), (False, True)):
+        twin = copy.deepcopy(model).double() if double else copy.deepcopy(model)
+        optimizer = OPTIMIZERS["sgd"](twin.parameters())
+        with torch.autocast("cpu", torch.bfloat16, enabled=not double):
+            wanted = engine and _C.multiplies_bfloat16()
+            losses = train(twin, in_double(data) if double else data, "mse", optimizer, order, engine=wanted)
+        results.append([losses, *(p.detach() for p in twin.parameters())])
+    check(*results)
+
+
+def fitted(threads: int, epochs: int = 6, **options):
+    torch.manual_seed(12)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = AutoEncoder(Encoder(100, dropout=0.1))
+        trainer = Trainer(model, seed=5, **options)
+        history = trainer.fit(torch.rand(300, 100), epochs=epochs, batch_size=64)
+    finally:
+        torch.set_num_threads(before)
+    assert "C++" in trainer.explain()
+    return [*model.state_dict().values(), torch.tensor(history.history["loss"])], trainer
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1}, {"optimizer": "sgd", "momentum": 0.9}], ids=str)
+def test_bits_do_not_depend_on_threads(options):
+    alone = fitted(1, **options)[0]
+    for threads in (1, 2, 4):
+        for one, many in zip(alone, fitted(threads, **options)[0], strict=True):
+            assert torch.equal(one, many)
+
+
+def test_bits_do_not_depend_on_how_many_steps_a_call_takes():
+    class Listener(Callback):
+        def on_train_batch_end(self, batch, logs):
+            assert all(p.grad is not None for p in self.trainer.model.parameters())
+
+    torch.manual_seed(13)
+    data, states = torch.rand(300, 100), []
+    model = AutoEncoder(Encoder(100))
+    for callbacks in ((), (Listener(),)):
+        twin = copy.deepcopy(model)
+        Trainer(twin, seed=5).fit(data, epochs=3, callbacks=callbacks)
+        states.append([*twin.state_dict().values()])
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+
+
+def test_resumes_in_the_middle_of_an_epoch():
+    torch.manual_seed(14)
+    model, data = make_model(), make_data("mse")
+    order = torch.randperm(ROWS)
+    whole, first = copy.deepcopy(model), copy.deepcopy(model)
+    train(whole, data, "mse", OPTIMIZERS["adam"](whole.parameters()), [order], engine=True)
+    optimizer = OPTIMIZERS["adam"](first.parameters())
+    train(first, data, "mse", optimizer, [order[: 2 * BATCH]], engine=True)
+    second = make_model()
+    second.load_state_dict(first.state_dict())
+    resumed = OPTIMIZERS["adam"](second.parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    train(second, data, "mse", resumed, [order[2 * BATCH :]], engine=True)
+    for one, other in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_mixes_with_ordinary_steps():
+    torch.manual_seed(15)
+    model, data = make_model(), make_data("mse")
+    twin = copy.deepcopy(model)
+    optimizers = [OPTIMIZERS["adam"](m.parameters()) for m in (model, twin)]
+    order = orders(3)
+    for i, engine in enumerate((True, False, True)):
+        train(model, data, "mse", optimizers[0], order[i : i + 1], engine=engine)
+    train(twin, data, "mse", optimizers[1], order, engine=False)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+    steps = [float(optimizers[0].state[p]["step"]) for p in model.parameters()]
+    assert set(steps) == {3.0 * STEPS_A_EPOCH}
+
+
+@pytest.mark.parametrize("where", ["x", "target"])
+def test_a_loss_that_is_not_finite_stops_before_its_update(where):
+    torch.manual_seed(16)
+    model, data = make_model(), make_data("mse")
+    getattr(data, where)[40] = np.inf
+    order = torch.arange(ROWS)
+    good, optimizer = copy.deepcopy(model), OPTIMIZERS["adam"](model.parameters())
+    steps = EngineSteps(data, BATCH, elsewhere="")
+    losses, counts = steps.train(model, LOSSES["mse"], Update(optimizer), order)
+    assert steps.stopped_in_time
+    assert len(losses) == len(counts) == 3
+    assert losses.isfinite().tolist() == [True, True, False]
+    train(good, data, "mse", OPTIMIZERS["adam"](good.parameters()), [order[: 2 * BATCH]], engine=True)
+    for one, other in zip(model.parameters(), good.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_trainer_keeps_the_weights_of_before_the_bad_step():
+    model, x = AutoEncoder(Encoder(100)), torch.rand(300, 100)
+    before = copy.deepcopy(model)
+
+    def rate(step: int) -> float:
+        return 1e-3 if step < 7 else 1e30
+
+    with pytest.raises(FloatingPointError, match=r"in epoch 1, step 9, .* weights from before that (step|epoch again)"):
+        Trainer(model, "sgd", lr=rate).fit(x, batch_size=30)
+    for one, other in zip(model.parameters(), before.parameters(), strict=True):
+        assert one.isfinite().all()
+        assert one.shape == other.shape
+
+
+def test_parameters_have_no_gradient_afterwards_and_graphs_of_before_are_void():
+    model, x = AutoEncoder(Encoder(100)), torch.rand(64, 100)
+    loss = F.mse_loss(model(x), x)
+    Trainer(model).fit(x)
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class Sub(Encoder):
+    pass
+
+
+def hooked() -> nn.Module:
+    model = make_model()
+    model.layers[1].register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "reason"),
+    [
+        (lambda: Sub(17, (5,)), {}, "the model is not a plain FusedDense, Encoder, AutoEncoder, Classifier"),
+        (hooked, {}, "the model is not a plain"),
+        (lambda: make_model().double(), {}, "a parameter is not float32"),
+        (make_model, {"loss": lambda y, t: (y - t).square().mean()}, "the loss is a function"),
+        (
+            make_model,
+            {"optimizer": lambda p: torch.optim.Adam(p, amsgrad=True)},
+            "the optimiser has the option amsgrad",
+        ),
+        (make_model, {"optimizer": torch.optim.RMSprop}, "the optimiser is not PyTorch's SGD, Adam or AdamW"),
+    ],
+    ids=["subclass", "hook", "double", "loss", "amsgrad", "rmsprop"],
+)
+def test_says_why_not(model, options, reason):
+    trainer = Trainer(model(), **options)
+    trainer.fit(torch.rand(20, 17), torch.rand(20, 5))
+    assert trainer.explain().startswith(f"step by step: {reason}")
+
+
+def test_heads_and_their_metrics():
+    torch.manual_seed(17)
+    x = torch.randn(200, 17)
+    labels = (x[:, 0] > 0).long()
+    trainer = Trainer(Classifier(Encoder(17, (16, 8)), 2), lr=0.01, loss="cross_entropy", seed=0)
+    trainer.fit(x, labels, epochs=30)
+    assert "C++" in trainer.explain()
+    assert trainer.evaluate(x, labels)["accuracy"] > 0.95
