@@ -1,6 +1,7 @@
 """Small models and data that several tests train."""
 
 import torch
+from accuracy import Worst
 from torch import nn
 
 from fastenc import AutoEncoder, Classifier, Encoder
@@ -25,6 +26,14 @@ def make_classifier(classes: int = 3) -> Classifier:
 def assert_same_weights(model: nn.Module, other: nn.Module) -> None:
     for (name, tensor), expected in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(tensor, expected), name
+
+
+def assert_near(actual: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
+    """The error rule for what was computed in float64, where a loop by hand is its own exact answer."""
+    worst = Worst()
+    named = [{str(i): tensor for i, tensor in enumerate(tensors)} for tensors in (actual, exact)]
+    worst.add(named[0], named[1], named[1])
+    worst.check()
 
 
 def weights(model: nn.Module) -> list[torch.Tensor]:

@@ -46,6 +46,29 @@ def test_the_bits_of_ordinary_steps(optimizer):
         assert all(value is theirs[name] or torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+STEP_OPTIONS = {
+    "nesterov": {"optimizer": "sgd", "momentum": 0.5, "nesterov": True},
+    "l1": {"l1": 2**-5},
+    "clip_norm": {"optimizer": "sgd", "clip_norm": 2**-6},
+    "clip_value": {"clip_value": 2**-10},
+    "l1 clip_norm": {"l1": 2**-5, "clip_norm": 2**-6},
+}
+
+
+@pytest.mark.parametrize("name", STEP_OPTIONS)
+def test_penalty_and_clipping_are_recorded(name):
+    options = STEP_OPTIONS[name]
+    whole, ordinary = twins(**options)
+    assert_replayed(whole, ALL_REPLAYED)
+    for ours, theirs in zip(whole.model.parameters(), ordinary.model.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    without = make_trainer(
+        make_model(), **{name: options[name] for name in ("optimizer", "momentum") if name in options}
+    )
+    fit(without)
+    assert not torch.equal(next(without.model.parameters()), next(whole.model.parameters()))
+
+
 def test_the_warm_up_launches_what_the_recording_will():
     """Backends are chosen as within a CUDA graph, or the recording would have to compile kernels."""
     seen: list[bool] = []
@@ -142,6 +165,35 @@ def test_learning_rates_change_without_another_recording(optimizer, schedule):
     assert whole.optimizer.param_groups[0]["lr"] == LR / 16
     if not GPU:
         assert len(whole._recorder.recordings) == 1
+
+
+def rates(step):
+    """A float32 for each step, and never the one before."""
+    return LR * (1 + step % 5) / 8
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_rate_for_each_step_without_another_recording(optimizer):
+    whole, ordinary = twins(optimizer=optimizer, lr=rates)
+    assert_replayed(whole, ALL_REPLAYED)
+    for trainer in (whole, ordinary):
+        fit(trainer, epochs=1)
+        assert trainer.optimizer.param_groups[0]["lr"] == rates(5 * 7 - 1)
+    assert_same_weights(whole.model, ordinary.model)
+    fixed = make_trainer(make_model(), optimizer, lr=rates(WARM_UP))  # what a replay would use that is told nothing
+    fit(fixed)
+    assert fixed.history.history != whole.history.history
+    if not GPU:
+        assert len(whole._recorder.recordings) == 2  # one for each fit
+
+
+def test_a_rate_for_each_step_and_a_listener():
+    listeners = [EveryStep(), EveryStep()]
+    left = list(listeners)
+    whole, _ = twins(lr=rates, callbacks=lambda: [left.pop(0)])
+    assert listeners[0].seen == listeners[1].seen
+    assert [lr for _, _, lr, _ in listeners[0].seen] == [rates(step) for step in range(4 * 7)]
+    assert_replayed(whole, ALL_REPLAYED)
 
 
 def test_listeners_see_each_step():

@@ -1,0 +1,195 @@
+"""The losses by name: their formulas, which targets go with them, and which of PyTorch's own they are."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_models import assert_near, assert_same_weights, make_x
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from fastenc import AutoEncoder, Encoder
+from fastenc.data import DataError
+from fastenc.training import Trainer
+from fastenc.training.losses import LOSSES, loss_name
+
+ROWS, BATCH, EPOCHS, LR = 22, 8, 3, 0.25
+
+
+def entropy(p, t):
+    return -(t * p.log() + (1 - t) * (1 - p).log()).mean()
+
+
+def huber(y, t):
+    d = (y - t).abs()
+    return torch.where(d < 1, d * d / 2, d - 0.5).mean()
+
+
+FORMULAS = {
+    "mse": lambda y, t: ((y - t) ** 2).mean(),
+    "mae": lambda y, t: (y - t).abs().mean(),
+    "huber": huber,
+    "cross_entropy": lambda y, t: -(t * (y - y.exp().sum(1, keepdim=True).log())).sum(1).mean(),
+    "bce": entropy,
+    "bce_with_logits": lambda y, t: entropy(1 / (1 + (-y).exp()), t),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_their_formulas(name):
+    torch.manual_seed(0)
+    last = [nn.Sigmoid()] if name == "bce" else []
+    model = nn.Sequential(nn.Linear(6, 4, dtype=torch.float64), *last)
+    hand = copy.deepcopy(model)
+    x, y = make_x(ROWS).double(), torch.rand(ROWS, 4, dtype=torch.float64)
+    y = F.softmax(y, 1) if name == "cross_entropy" else 4 * y if name == "huber" else y  # huber: both of its pieces
+    history = Trainer(model, "sgd", LR, name).fit(
+        x, y, epochs=EPOCHS, batch_size=BATCH, shuffle=False, validation_data=(x, y), verbose=False
+    )
+    reported, losses = history.history["loss"], []
+    for _ in range(EPOCHS):
+        total = 0.0
+        for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True):
+            hand.zero_grad()
+            value = FORMULAS[name](hand(a), b)
+            value.backward()
+            total += value.item() * len(a)
+            for p in hand.parameters():
+                p.data -= LR * p.grad
+        losses.append(total / ROWS)
+    with torch.no_grad():
+        measured = FORMULAS[name](hand(x), y)
+    assert_near(
+        [*model.parameters(), torch.tensor([*reported, history.history["val_loss"][-1]], dtype=torch.float64)],
+        [*hand.parameters(), torch.tensor([*losses, measured], dtype=torch.float64)],
+    )
+
+
+class Own(nn.MSELoss):
+    pass
+
+
+def hooked() -> nn.Module:
+    loss = nn.MSELoss()
+    loss.register_forward_hook(lambda *_: None)
+    return loss
+
+
+KNOWN = [
+    *((name, name) for name in LOSSES),
+    *((function, name) for name, function in LOSSES.items()),
+    (F.smooth_l1_loss, "huber"),
+    (nn.MSELoss(), "mse"),
+    (nn.L1Loss(), "mae"),
+    (nn.HuberLoss(), "huber"),
+    (nn.SmoothL1Loss(), "huber"),
+    (nn.CrossEntropyLoss(), "cross_entropy"),
+    (nn.BCELoss(), "bce"),
+    (nn.BCEWithLogitsLoss(), "bce_with_logits"),
+    (nn.MSELoss().eval(), "mse"),
+    (nn.HuberLoss(reduction="mean", delta=1), "huber"),
+]
+UNKNOWN = [
+    "mes",
+    nn.MSELoss(reduction="sum"),
+    nn.L1Loss(reduction="none"),
+    nn.HuberLoss(delta=0.5),
+    nn.SmoothL1Loss(beta=0.5),
+    nn.CrossEntropyLoss(weight=torch.ones(3)),
+    nn.CrossEntropyLoss(label_smoothing=0.1),
+    nn.CrossEntropyLoss(ignore_index=0),
+    nn.BCELoss(weight=torch.ones(3)),
+    nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)),
+    Own(),
+    hooked(),
+    nn.KLDivLoss(),
+    F.kl_div,
+    lambda y, t: F.mse_loss(y, t),
+]
+
+
+@pytest.mark.parametrize(("loss", "name"), KNOWN, ids=[f"{i} {name}" for i, (_, name) in enumerate(KNOWN)])
+def test_pytorchs_losses_are_known_by_name(loss, name):
+    assert loss_name(loss) == name
+
+
+@pytest.mark.parametrize("loss", UNKNOWN, ids=range(len(UNKNOWN)))
+def test_other_losses_are_not_known(loss):
+    assert loss_name(loss) is None
+
+
+# The targets of bce.
+
+
+def make_binary(final: str = "sigmoid") -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(6, (5, 1), "tanh", final)
+
+
+BITS = torch.arange(ROWS) % 2
+FORMS = {
+    "column of floats": BITS.float().unsqueeze(1),
+    "floats": BITS.float(),
+    "whole numbers": BITS,
+    "bools": BITS.bool(),
+    "numpy": BITS.numpy().astype("uint8"),
+}
+
+
+@pytest.mark.parametrize(("loss", "final"), [("bce", "sigmoid"), ("bce_with_logits", "identity")])
+@pytest.mark.parametrize("form", FORMS)
+def test_two_classes_in_any_form_train_the_same(form, loss, final):
+    plain, other = make_binary(final), make_binary(final)
+    Trainer(plain, loss=loss, seed=0).fit(make_x(ROWS), BITS.float().unsqueeze(1), verbose=False)
+    Trainer(other, loss=loss, seed=0).fit(make_x(ROWS), FORMS[form], verbose=False)
+    assert_same_weights(other, plain)
+    assert not torch.equal(plain.layers[0].weight, make_binary().layers[0].weight)
+
+
+def shifted(by: float) -> torch.Tensor:
+    return BITS.float() + by
+
+
+@pytest.mark.parametrize("loss", ["bce", "bce_with_logits"])
+@pytest.mark.parametrize(
+    ("y", "found"), [(shifted(1.0), "1 to 2"), (shifted(-0.25), "-0.25 to 0.75")], ids=["above", "below"]
+)
+def test_targets_that_are_no_probabilities(y, found, loss):
+    trainer = Trainer(make_binary(), loss=loss)
+    message = rf"y holds numbers from {found} and loss='{loss}' needs 0 to 1; scale y, or use another loss"
+    with pytest.raises(DataError, match=message):
+        trainer.fit(make_x(ROWS), y, verbose=False)
+    with pytest.raises(DataError, match=message):
+        trainer.evaluate(make_x(ROWS), y)
+    with pytest.raises(
+        DataError, match=message.replace("y holds", "the target holds").replace("scale y", "scale the target")
+    ):
+        trainer.fit(TensorDataset(make_x(ROWS), y), verbose=False)
+    assert_same_weights(trainer.model, make_binary())
+
+
+def test_an_autoencoder_on_data_that_was_not_scaled():
+    model = AutoEncoder(Encoder(6, (3,)), "sigmoid")
+    with pytest.raises(DataError, match=r"x holds numbers from .* and loss='bce' needs 0 to 1; scale x"):
+        Trainer(model, loss="bce").fit(make_x(ROWS) * 3, verbose=False)
+    Trainer(model, loss="bce").fit(make_x(ROWS), verbose=False)
+
+
+def test_a_model_that_gives_no_probabilities():
+    model = nn.Sequential(nn.Linear(6, 1))
+    model[0].bias.data.fill_(9.0)
+    message = "the model gives numbers from .* and loss='bce' needs probabilities; end the model with a sigmoid, or"
+    with pytest.raises(DataError, match=message):
+        Trainer(model, loss="bce").fit(make_x(ROWS), BITS, verbose=False)
+    with pytest.raises(DataError, match=message):
+        Trainer(model, loss="bce").fit(TensorDataset(make_x(ROWS), BITS.float()), verbose=False)
+    Trainer(model, loss="bce_with_logits").fit(make_x(ROWS), BITS, verbose=False)
+
+
+@pytest.mark.parametrize("name", ["mse", "mae", "huber", "bce", "bce_with_logits"])
+def test_shapes_must_be_the_models(name):
+    with pytest.raises(DataError, match=r"the model gives \[1\] for a row and y has \[2\]"):
+        Trainer(make_binary(), loss=name).fit(make_x(ROWS), torch.rand(ROWS, 2), verbose=False)
