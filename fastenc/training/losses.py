@@ -59,11 +59,11 @@ def fit_target(target: Tensor, output: Tensor, loss: str | LossFunction, name: s
 
     Args:
         target: [rows, ...], numbers or class labels.
-        output: [any number of rows, ...], what the model gives; only its shape and dtype matter.
+        output: [any number of rows, ...], what the model gives; but for bce only its shape and dtype matter.
         loss: cross_entropy turns whole numbers into int64 labels and checks that each is a class of the model, or takes
             one probability for each class; the other names want the shape of the output, and give [rows] the shape
-            [rows, 1] if that is the output's. bce and bce_with_logits want numbers within 0..1. A function gets the
-            target as it is.
+            [rows, 1] if that is the output's. bce and bce_with_logits want numbers within 0..1, and bce wants
+            them in `output` as well. A function gets the target as it is.
         name: what to call the target in errors.
 
     Raises:
@@ -85,14 +85,21 @@ def fit_target(target: Tensor, output: Tensor, loss: str | LossFunction, name: s
             f"the model gives {list(wanted)} for a row and {name} has {list(target.shape[1:])}; "
             f"change the model's output or {name}"
         )
-    if loss in ("bce", "bce_with_logits"):
-        lowest, highest = target.min().item(), target.max().item()
-        if not 0.0 <= lowest <= highest <= 1.0:
-            raise DataError(
-                f"{name} holds numbers from {lowest:g} to {highest:g} and loss={loss!r} needs probabilities; "
-                f"bring {name} into 0..1, or use another loss"
-            )
-    return target.to(output.dtype)
+    target = target.to(output.dtype)
+    if loss in ("bce", "bce_with_logits") and (found := _beyond_0_to_1(target)):
+        raise DataError(f"{name} holds {found} and loss={loss!r} needs 0 to 1; scale {name}, or use another loss")
+    if loss == "bce" and (found := _beyond_0_to_1(output.detach())):
+        raise DataError(
+            f"the model gives {found} and loss='bce' needs probabilities; "
+            "end the model with a sigmoid, or use loss='bce_with_logits'"
+        )
+    return target
+
+
+def _beyond_0_to_1(numbers: Tensor) -> str | None:
+    """The range of the numbers, in words, if they leave 0..1. NaN is for those to tell who watch the loss."""
+    lowest, highest = (end.item() for end in numbers.aminmax())
+    return f"numbers from {lowest:g} to {highest:g}" if lowest < 0.0 or highest > 1.0 else None
 
 
 def _labels(target: Tensor, wanted: torch.Size, name: str) -> Tensor:
