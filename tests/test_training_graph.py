@@ -24,6 +24,7 @@ from whole_steps import (
     twins,
 )
 
+from fastenc import AutoEncoder, Encoder
 from fastenc.backends.rule import as_if_captured
 from fastenc.training import Callback
 from fastenc.training.graph import WARM_UP
@@ -102,6 +103,16 @@ def test_labels_and_order_as_it_is():
     assert whole.history.history == ordinary.history.history
     assert_same_weights(whole.model, ordinary.model)
     assert_replayed(whole, 4 * 6 - WARM_UP, 4 * 6)  # no ragged batch
+
+
+@pytest.mark.parametrize("loss", ["mae", "huber", "bce", "bce_with_logits"])
+def test_other_losses(loss):
+    def make():
+        torch.manual_seed(0)
+        return AutoEncoder(Encoder(6, (5, 3), "tanh"), "sigmoid")
+
+    whole, _ = twins(make, loss=loss)
+    assert_replayed(whole, ALL_REPLAYED)
 
 
 def test_plain_torch_modules_with_buffers():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from fastenc import AutoEncoder, Encoder
+from fastenc import AutoEncoder, Encoder, use_backend
 from fastenc.data import DataError
 from fastenc.training import Trainer
 from fastenc.training.losses import LOSSES, loss_name
@@ -82,6 +82,7 @@ KNOWN = [
     *((name, name) for name in LOSSES),
     *((function, name) for name, function in LOSSES.items()),
     (F.smooth_l1_loss, "huber"),
+    (F.binary_cross_entropy, "bce"),
     (nn.MSELoss(), "mse"),
     (nn.L1Loss(), "mae"),
     (nn.HuberLoss(), "huber"),
@@ -121,7 +122,34 @@ def test_other_losses_are_not_known(loss):
     assert loss_name(loss) is None
 
 
-# The targets of bce.
+# bce.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bce_has_the_bits_of_pytorchs(dtype):
+    p = torch.rand(50, 3, dtype=dtype).view(-1)
+    p[:2] = torch.tensor([0.0, 1.0])  # where its logarithms are cut off
+    p, same, t = p.requires_grad_(), p.detach().clone().requires_grad_(), torch.rand(150, dtype=dtype)
+    values = [LOSSES["bce"](p, t), F.binary_cross_entropy(same, t)]
+    for value in values:
+        value.backward()
+    assert torch.equal(*values)
+    assert torch.equal(p.grad, same.grad)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1.5, -0.5, float("inf")])
+def test_bce_of_no_probability_is_nan(bad):
+    assert LOSSES["bce"](torch.tensor([0.5, bad]), torch.tensor([1.0, 1.0])).isnan()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_model_that_leaves_0_to_1_under_bce_is_told_by_its_step(backend):
+    model = make_binary("identity")
+    for parameter in [*model.parameters()][-2:]:
+        parameter.data.fill_(0.5 * (parameter.ndim == 1))  # 0.5 for each row, until the first step
+    with use_backend(backend), pytest.raises(FloatingPointError, match="the loss became nan in epoch 1, step 2"):
+        Trainer(model, "sgd", 1.0, "bce").fit(make_x(ROWS), torch.ones(ROWS), batch_size=BATCH, verbose=False)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def make_binary(final: str = "sigmoid") -> Encoder:

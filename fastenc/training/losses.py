@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,15 +13,28 @@ from fastenc.data import DataError
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
+
+def bce(prediction: Tensor, target: Tensor) -> Tensor:
+    """F.binary_cross_entropy; but NaN where a prediction is NaN or outside 0..1, as the other losses would be.
+
+    There PyTorch's raises on a CPU, and on a GPU ends the process's use of it.
+    """
+    bad = ~((prediction >= 0.0) & (prediction <= 1.0))
+    return F.binary_cross_entropy(prediction.masked_fill(bad, 0.5), target).masked_fill(bad.any(), math.nan)
+
+
 LOSSES: dict[str, LossFunction] = {
     "mse": F.mse_loss,
     "mae": F.l1_loss,
     "huber": F.huber_loss,
     "cross_entropy": F.cross_entropy,
-    "bce": F.binary_cross_entropy,
+    "bce": bce,
     "bce_with_logits": F.binary_cross_entropy_with_logits,
 }
-_FUNCTIONS = {function: name for name, function in LOSSES.items()} | {F.smooth_l1_loss: "huber"}
+_FUNCTIONS = {function: name for name, function in LOSSES.items()} | {
+    F.smooth_l1_loss: "huber",
+    F.binary_cross_entropy: "bce",
+}
 _MODULES: dict[type, str] = {
     nn.MSELoss: "mse",
     nn.L1Loss: "mae",
