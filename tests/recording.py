@@ -38,7 +38,8 @@ class Recording(TorchDispatchMode):
         torch.set_rng_state(self._random)
         with torch.no_grad():
             for tensor, before in reversed(self._before.values()):  # of views of one memory the first counts
-                tensor.copy_(before)
+                if 0 not in tensor.stride():  # expanded: nothing can have written to it
+                    tensor.copy_(before)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in WAITS:
