@@ -270,6 +270,41 @@ def test_mixes_with_ordinary_steps():
     assert set(steps) == {3.0 * STEPS_A_EPOCH}
 
 
+def test_parameters_may_have_taken_different_numbers_of_steps():
+    torch.manual_seed(18)
+    model, data = make_model(), make_data("mse")
+    first, rest = torch.randperm(ROWS)[:BATCH], orders(3)
+    results = []
+    for engine, double in ((True, False), (False, False), (False, True)):
+        twin = copy.deepcopy(model).double() if double else copy.deepcopy(model)
+        rows = in_double(data) if double else data
+        optimizer = OPTIMIZERS["adam"](twin.parameters())
+        twin.layers[0].requires_grad_(False)
+        losses = [train(twin, rows, "mse", optimizer, [first], engine=engine)]
+        twin.layers[0].requires_grad_(True)  # from here on one step behind the others
+        losses.append(train(twin, rows, "mse", optimizer, rest, engine=engine, rate=lambda step: 0.01 / (1 + step)))
+        results.append([torch.cat(losses), *(p.detach() for p in twin.parameters())])
+    check(*results)
+
+
+def test_the_loss_of_a_bad_row_far_down_a_large_batch_is_told(one_thread):
+    model, data = make_model(), Rows(torch.randn(1300, 17), torch.rand(1300, 5))
+    data.target[1290] = np.nan
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        steps = EngineSteps(data, 1300, elsewhere="")
+        losses, _ = steps.train(model, LOSSES["mse"], Update(OPTIMIZERS["adam"](model.parameters())), None)
+        assert steps.stopped_in_time
+        assert losses.isnan().tolist() == [True]
+
+
+def test_leaves_no_state_where_pytorch_keeps_none():
+    model = make_model()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    train(model, make_data("mse"), "mse", optimizer, orders(1), engine=True)
+    assert optimizer.state_dict()["state"] == {}
+
+
 @pytest.mark.parametrize("where", ["x", "target"])
 def test_a_loss_that_is_not_finite_stops_before_its_update(where):
     torch.manual_seed(16)

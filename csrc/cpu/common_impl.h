@@ -26,11 +26,7 @@ FASTENC_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * 
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count = 0) : data_(nullptr) {
-    if (count <= 0) return;
-    data_ = static_cast<T*>(std::aligned_alloc(64, byte_count(count)));
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
+  explicit Scratch(int64_t count = 0) : data_(nullptr) { allocate(count); }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -40,15 +36,19 @@ class Scratch {
   void renew_as_zeros(int64_t count) {
     std::free(data_);
     data_ = nullptr;
-    if (count <= 0) return;
-    data_ = static_cast<T*>(std::aligned_alloc(64, byte_count(count)));
-    if (data_ == nullptr) throw std::bad_alloc();
-    std::memset(static_cast<void*>(data_), 0, byte_count(count));
+    allocate(count);
+    if (data_ != nullptr) std::memset(static_cast<void*>(data_), 0, byte_count(count));
   }
 
  private:
   static size_t byte_count(int64_t count) {
     return static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+  }
+
+  void allocate(int64_t count) {
+    if (count <= 0) return;
+    data_ = static_cast<T*>(std::aligned_alloc(64, byte_count(count)));
+    if (data_ == nullptr) throw std::bad_alloc();
   }
 
   T* data_;

@@ -198,6 +198,18 @@ inline const T* contiguous_row(const Matrix& matrix, int64_t row, int64_t col, i
   return buffer;
 }
 
+// Contiguous rows of bf16, whole vectors of them, as operand B in VNNI order: two by two, zero beside a last odd one.
+inline void pair_rows(const BFloat16* src, int64_t ld_src, int64_t rows, int64_t cols, uint32_t* words,
+                      int64_t ld_words) {
+  for (int64_t r = 0; r < rows; r += 2)
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      const IntVec even = load_bits(src + r * ld_src + j);
+      const IntVec odd = r + 1 < rows ? load_bits(src + (r + 1) * ld_src + j) : IntVec{};
+      const IntVec pairs = even | (odd << 16);
+      std::memcpy(words + r / 2 * ld_words + j, &pairs, sizeof pairs);
+    }
+}
+
 // The rows x cols (<= kPanel) part of a matrix at (row, col) as operand B: [rows, ld] (VNNI for bf16), zero behind
 // cols.
 template <class T, class Op>

@@ -21,6 +21,7 @@ constexpr int64_t kSharedWork = 1 << 18;  // multiply-adds of a step below which
 
 // Rows of one step, or of a part of its batch.
 struct Chunk {
+  int64_t number;  // of the call's chunks
   int64_t step;
   int64_t first;       // of the step, in the order
   int64_t batch_rows;  // of the step
@@ -86,8 +87,9 @@ class Training : public AnyTraining {
     Op* dz[2];       // [widest]: of two layers in turn
     BFloat16* rows;  // [kStrip, kPanel]: of a weight
     Update update;
-    int64_t update_group;
+    int64_t update_group;  // the group, its parameter's steps and the call's step that `update` is for
     double update_steps;
+    int64_t update_step;
   };
 
   // A strip: rows [row, row + rows) of a layer's weight.
@@ -105,6 +107,11 @@ class Training : public AnyTraining {
 
   bool trains(int64_t l) const { return args_.layers[l].weight.trained || args_.layers[l].bias.trained; }
   bool clips_norm() const { return args_.clip_norm > 0.0; }
+  int64_t chunks_per_step() const { return ceil_div(args_.batch_size, chunk_rows_); }
+  // What the loss is the mean of.
+  int64_t loss_terms(const Chunk& chunk) const {
+    return chunk.batch_rows * (args_.loss == LossKind::kCrossEntropy ? 1 : args_.layers[args_.depth - 1].out);
+  }
   // Not a power of 2: rows that far apart would share few sets of the L1 cache.
   int64_t ld_transposed() const { return round_up(chunk_rows_, 2 * kLanes) + 2 * kLanes; }
 
@@ -122,7 +129,7 @@ class Training : public AnyTraining {
   // train_rows_impl.h
   void rows_task(const Worker& worker, const Chunk& chunk, int64_t block);
   void gather(const Chunk& chunk, int64_t row, int64_t rows);
-  void pair_rows(int64_t l, int64_t row, int64_t rows);
+  void pair_input(int64_t l, int64_t row, int64_t rows);
   void forward(const Worker& worker, const Chunk& chunk, int64_t l, int64_t row, int64_t rows);
   template <class Activation>
   void forward_tile(const Worker& worker, const Chunk& chunk, int64_t l, int64_t row, int64_t rows, int64_t col,
@@ -171,7 +178,7 @@ class Training : public AnyTraining {
   int64_t reserved_ = 0;  // workers that it serves
   int64_t workers_ = 1;
   int64_t steps_ = 0;
-  std::atomic<int64_t> bad_step_{0};  // the first whose loss is not finite, or steps_
+  std::atomic<int64_t> bad_chunk_{0};  // the first whose loss is not finite, or one behind the last
   alignas(64) std::atomic<int64_t> rows_done_{0};
   alignas(64) std::atomic<int64_t> strips_done_{0};
 };
@@ -248,7 +255,7 @@ int64_t Training<Op>::run(const TrainCall& call, const Runtime& runtime) {
   call_ = &call;
   runtime_ = &runtime;
   steps_ = ceil_div(call.rows, args_.batch_size);
-  bad_step_.store(steps_);
+  bad_chunk_.store(steps_ * chunks_per_step());
   const bool shared = 3 * multiply_adds_ * std::min(args_.batch_size, call.rows) >= kSharedWork;
   workers_ = shared ? std::min(runtime.threads, std::max(chunk_blocks_, strips_)) : 1;
   reserve_workers(workers_);
@@ -262,7 +269,7 @@ int64_t Training<Op>::run(const TrainCall& call, const Runtime& runtime) {
     runtime.parallel_for(
         workers_, [](void* self, int64_t begin, int64_t) { static_cast<Training*>(self)->work_as(begin); }, this);
   }
-  const int64_t taken = bad_step_.load();
+  const int64_t taken = bad_chunk_.load() / chunks_per_step();
   for (int64_t l = 0; l < args_.depth; ++l)
     for (const Parameter* parameter : {&args_.layers[l].weight, &args_.layers[l].bias})
       if (parameter->trained && parameter->steps != nullptr) *parameter->steps += static_cast<float>(taken);
@@ -294,14 +301,15 @@ void Training<Op>::work_as(int64_t me) {
   };
   strip_phase([&](int64_t i) { pack(memory, i); });
   for (int64_t step = 0; step < steps_; ++step) {
-    Chunk chunk = {step, step * args_.batch_size, 0, 0, 0};
+    Chunk chunk = {step * chunks_per_step(), step, step * args_.batch_size, 0, 0, 0};
     chunk.batch_rows = std::min(args_.batch_size, call_->rows - chunk.first);
-    for (; chunk.row < chunk.batch_rows; chunk.row += chunk.rows) {
+    for (; chunk.row < chunk.batch_rows; chunk.row += chunk.rows, ++chunk.number) {
       chunk.rows = std::min(chunk_rows_, chunk.batch_rows - chunk.row);
       const int64_t blocks = ceil_div(chunk.rows, block_rows_);
       run_phase(rows_done_, row_claims_.get(), rows_place, blocks, me * blocks / workers_,
                 [&](int64_t i) { rows_task(memory, chunk, i); });
-      if (bad_step_.load() <= step) {
+      // Of a later chunk a worker that is late may know already; it ends there, as all do.
+      if (bad_chunk_.load() == chunk.number) {
         if (me == 0) finish_loss(chunk);
         return;
       }

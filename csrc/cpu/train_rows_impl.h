@@ -28,23 +28,16 @@ void Training<Op>::gather(const Chunk& chunk, int64_t row, int64_t rows) {
     }
     convert_row(src, acts_.get() + (row + r) * ld, in);
   }
-  if constexpr (!kFloat) pair_rows(0, row, rows);
+  pair_input(0, row, rows);
 }
 
 // bf16: layer l's input as an operand of its weight's gradient, rows two by two.
 template <class Op>
-void Training<Op>::pair_rows(int64_t l, int64_t row, int64_t rows) {
+void Training<Op>::pair_input(int64_t l, int64_t row, int64_t rows) {
   if constexpr (!kFloat) {
     const Plan& plan = plans_.get()[l];
-    const BFloat16* acts = acts_.get() + plan.acts + row * plan.ld_in;
     uint32_t* words = reinterpret_cast<uint32_t*>(pairs_.get() + plan.acts) + row / 2 * plan.ld_in;
-    for (int64_t r = 0; r < rows; r += 2)
-      for (int64_t j = 0; j < plan.ld_in; j += kLanes) {
-        const IntVec even = load_bits(acts + r * plan.ld_in + j);
-        const IntVec odd = r + 1 < rows ? load_bits(acts + (r + 1) * plan.ld_in + j) : IntVec{};
-        const IntVec pairs = even | (odd << 16);
-        std::memcpy(words + r / 2 * plan.ld_in + j, &pairs, sizeof pairs);
-      }
+    pair_rows(acts_.get() + plan.acts + row * plan.ld_in, plan.ld_in, rows, plan.ld_in, words, plan.ld_in);
   }
 }
 
@@ -61,9 +54,7 @@ void Training<Op>::forward(const Worker& worker, const Chunk& chunk, int64_t l, 
       forward_tile<decltype(activation)>(worker, chunk, l, row, rows, col, cols);
     });
   }
-  if constexpr (!kFloat) {
-    if (l + 1 < args_.depth) pair_rows(l + 1, row, rows);
-  }
+  if (l + 1 < args_.depth) pair_input(l + 1, row, rows);
 }
 
 // Whole vectors are stored: behind a row's end there is room, which bf16 products read and so must be zero.
@@ -111,8 +102,7 @@ void Training<Op>::take_loss(const Worker& worker, const Chunk& chunk, int64_t r
     else
       labels[r] = call_->labels[order[r]];
   }
-  const bool by_row = args_.loss == LossKind::kCrossEntropy;
-  const float factor = static_cast<float>(1.0 / static_cast<double>(chunk.batch_rows * (by_row ? 1 : out)));
+  const float factor = static_cast<float>(1.0 / static_cast<double>(loss_terms(chunk)));
   const auto elementwise = [&](auto loss) {
     return elementwise_loss<decltype(loss)>(rows, out, worker.out, ld, targets, factor, worker.grad, ld);
   };
@@ -129,7 +119,7 @@ void Training<Op>::take_loss(const Worker& worker, const Chunk& chunk, int64_t r
       break;
   }
   losses_.get()[(chunk.row + row) / block_rows_] = total;
-  if (!std::isfinite(total)) bad_step_.store(chunk.step);
+  if (!std::isfinite(total)) bad_chunk_.store(chunk.number);
 }
 
 // dZ_l @ W_l, in tiles that become dZ_{l-1}.

@@ -41,13 +41,7 @@ void Training<Op>::pack_weight(const Worker& worker, const Strip& strip, int64_t
               reinterpret_cast<float*>(packed) + col / 2 * ld + strip.row % kPanel, ld);
     if (strip.layer <= bottom_) return;
     uint32_t* words = reinterpret_cast<uint32_t*>(packed_back_.get() + plan.packed_back) + strip.row / 2 * plan.ld_in;
-    for (int64_t r = 0; r < strip.rows; r += 2)
-      for (int64_t j = 0; j < cols; j += kLanes) {
-        const IntVec even = load_bits(rows + r * kPanel + j);
-        const IntVec odd = r + 1 < strip.rows ? load_bits(rows + (r + 1) * kPanel + j) : IntVec{};
-        const IntVec pairs = even | (odd << 16);
-        std::memcpy(words + r / 2 * plan.ld_in + col + j, &pairs, sizeof pairs);
-      }
+    pair_rows(rows, kPanel, strip.rows, cols, words + col, plan.ld_in);
   }
 }
 
@@ -68,11 +62,9 @@ void Training<Op>::strip_task(Worker& worker, const Chunk& chunk, int64_t index)
   const Plan& plan = plans_.get()[strip.layer];
   const bool at_once = chunk.opens() && chunk.closes() && !clips_norm();
   double squares = 0.0;
-  const auto add_squares = [&](const Parameter& parameter, int64_t offset, float* gradient, int64_t count) {
-    float l1 = parameter.value == layer.weight.value ? static_cast<float>(args_.l1) : 0.0f;
+  const auto add_squares = [&](const float* value, float l1, float* gradient, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      const float value = parameter.value[offset + i];
-      gradient[i] += value > 0.0f ? l1 : value < 0.0f ? -l1 : 0.0f;
+      gradient[i] = penalised(l1, gradient[i], value[i]);
       squares += static_cast<double>(gradient[i]) * static_cast<double>(gradient[i]);
     }
   };
@@ -87,12 +79,13 @@ void Training<Op>::strip_task(Worker& worker, const Chunk& chunk, int64_t index)
       continue;
     }
     for (int64_t r = 0; r < strip.rows; ++r)
-      add_squares(layer.weight, (strip.row + r) * layer.in + col, sums + r * ld_sums, cols);
+      add_squares(layer.weight.value + (strip.row + r) * layer.in + col, static_cast<float>(args_.l1),
+                  sums + r * ld_sums, cols);
   }
   if (layer.bias.trained) {
     bias_sums(chunk, strip);
     if (chunk.closes() && clips_norm())
-      add_squares(layer.bias, strip.row, bias_sums_.get() + plan.biases + strip.row, strip.rows);
+      add_squares(layer.bias.value + strip.row, /* l1 */ 0.0f, bias_sums_.get() + plan.biases + strip.row, strip.rows);
     else if (chunk.closes())
       update_bias(worker, chunk.step, strip);
   }
@@ -140,11 +133,12 @@ void Training<Op>::clipped_task(Worker& worker, int64_t step, int64_t index) {
 template <class Op>
 Update Training<Op>::update(Worker& worker, const Parameter& parameter, int64_t step) {
   const double steps = (parameter.steps == nullptr ? 0.0 : static_cast<double>(*parameter.steps)) + step + 1.0;
-  if (worker.update_group != parameter.group || worker.update_steps != steps) {
+  if (worker.update_group != parameter.group || worker.update_steps != steps || worker.update_step != step) {
     const double rate = call_->rates[step * args_.group_count + parameter.group];
     worker.update = Update(args_.optimizer, args_.groups[parameter.group], rate, steps);
     worker.update_group = parameter.group;
     worker.update_steps = steps;
+    worker.update_step = step;
     if (args_.clip_value > 0.0) worker.update.limit = static_cast<float>(args_.clip_value);
     if (clips_norm()) {
       double squares = 0.0;
@@ -189,8 +183,7 @@ template <class Op>
 void Training<Op>::finish_loss(const Chunk& chunk) {
   double total = 0.0;
   for (int64_t block = 0; block < ceil_div(chunk.row + chunk.rows, block_rows_); ++block) total += losses_.get()[block];
-  const int64_t columns = args_.loss == LossKind::kCrossEntropy ? 1 : args_.layers[args_.depth - 1].out;
-  call_->losses[chunk.step] = total / static_cast<double>(chunk.batch_rows * columns);
+  call_->losses[chunk.step] = total / static_cast<double>(loss_terms(chunk));
 }
 
 }  // namespace FASTENC_ISA

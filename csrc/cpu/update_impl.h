@@ -51,10 +51,10 @@ struct Update {
 };
 
 // The gradient with the L1 penalty's.
-FASTENC_INLINE Vec penalised(const Update& update, Vec gradient, Vec value) {
-  if (update.l1 == 0.0f) return gradient;
-  const Vec sign = value > 0.0f ? Vec{} + update.l1 : value < 0.0f ? Vec{} - update.l1 : Vec{};
-  return gradient + sign;
+template <class V>
+FASTENC_INLINE V penalised(float l1, V gradient, V value) {
+  if (l1 == 0.0f) return gradient;
+  return gradient + (value > 0.0f ? V{} + l1 : value < 0.0f ? V{} - l1 : V{});
 }
 
 FASTENC_INLINE Vec clipped(const Update& update, Vec gradient) {
@@ -94,7 +94,7 @@ inline void update_row(const Update& update, const Parameter& parameter, int64_t
   const auto lanes = [&](int64_t i, const auto& load_lanes, const auto& store_lanes) {
     Vec first{}, second{};
     const Vec old = load_lanes(value + i);
-    const Vec g = clipped(update, penalised(update, load_lanes(gradient + i), old));
+    const Vec g = clipped(update, penalised(update.l1, load_lanes(gradient + i), old));
     if (grad != nullptr) store_lanes(g, grad + i);
     if (moments[0] != nullptr) first = load_lanes(moments[0] + i);
     if constexpr (kKind != OptimizerKind::kSgd) second = load_lanes(moments[1] + i);
