@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from ..activation import activation_code
 from ..backends import cpu
 from ..encoder import plain_stack
+from ..modules import FusedDense
 from ..ops import forced_backend
 from .losses import LossFunction, loss_name
 from .recordable import hook_reason, signature
@@ -25,6 +26,7 @@ LOSS_CODES = ("mse", "mae", "huber", "cross_entropy", "bce", "bce_with_logits") 
 OPTIMIZER_CODES = ("sgd", "adam", "adamw")  # as OptimizerKind
 CALL_S = 0.05  # about as long as Ctrl-C may wait; returning to Python costs a thousandth of it
 FIRST_STEPS = 8  # of the first call, from which the length of the next is told
+Stack = tuple[list[FusedDense], list[float]]  # as `plain_stack` gives it
 _UNKNOWN_OPTIONS = ("amsgrad", "maximize", "differentiable", "dampening")
 
 
@@ -43,7 +45,9 @@ class EngineSteps:
         self._rows, self._batch_size, self._elsewhere = rows, batch_size, elsewhere
         self._engine: Any = None
         self._signature: list[Any] | None = None
+        self._trained: list[nn.Parameter] = []
         self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._drops = False
         self._held: list[Any] = []  # what the engine has the addresses of
         self._target_reason: dict[str, str | None] = {}
         self._call_steps = FIRST_STEPS
@@ -144,31 +148,30 @@ class EngineSteps:
 
     def _look(self, model: nn.Module, loss: LossFunction, update: Update, leaves_gradients: bool) -> None:
         """See what the user may have changed, and make the engine anew if it has to be."""
-        self._reason = self._why_not(model, loss, update)
-        if self._reason is not None:
+        stack, name = plain_stack(model), loss_name(loss)
+        self._reason = self._why_not(model, stack, name, update)
+        if self._reason is not None or stack is None or name is None:  # None is a reason, too
             self.close()
             return
         _fill_state(update.optimizer)
         now = [*signature(model, loss, update), torch.is_autocast_enabled("cpu"), leaves_gradients]
         if self._engine is None or now != self._signature:
             self._signature = now
-            self._make(model, loss, update, leaves_gradients)
+            self._make(model, stack, name, update, leaves_gradients)
 
-    def _why_not(self, model: nn.Module, loss: LossFunction, update: Update) -> str | None:
-        """Why the engine cannot take the steps, in words; None if it can."""
+    def _why_not(self, model: nn.Module, stack: Stack | None, name: str | None, update: Update) -> str | None:
+        """Why the engine cannot take the steps of a model and loss known as these, in words; None if it can."""
         if self._rows.x.device.type != "cpu":
             return self._elsewhere
         if reason := cpu.why_unavailable():
             return reason
         if forced_backend() not in ("auto", cpu.NAME):
             return f"use_backend({forced_backend()!r}) asks for that"
-        stack = plain_stack(model)
         if stack is None:
             return (
                 "the model is not a plain FusedDense, Encoder, AutoEncoder, Classifier or Regressor: it is of another "
                 "class, or has hooks"
             )
-        name = loss_name(loss)
         if name is None:
             return "the loss is a function that the engine does not know"
         if reason := hook_reason(model, update.optimizer):
@@ -187,12 +190,8 @@ class EngineSteps:
             self._target_reason[name] = _data_reason(self._rows, name, stack[0][-1].out_features)
         return self._target_reason[name]
 
-    def _make(self, model: nn.Module, loss: LossFunction, update: Update, leaves_gradients: bool) -> None:
+    def _make(self, model: nn.Module, stack: Stack, name: str, update: Update, leaves_gradients: bool) -> None:
         _C = _extension()
-        stack = plain_stack(model)
-        name = loss_name(loss)
-        assert stack is not None
-        assert name is not None
         optimizer = update.optimizer
         groups = {parameter: i for i, group in enumerate(optimizer.param_groups) for parameter in group["params"]}
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -203,8 +202,8 @@ class EngineSteps:
                 return _C.Parameter()
             if not parameter.requires_grad:
                 return _C.Parameter(value=parameter.data_ptr())
-            state = optimizer.state[parameter]
-            moments = [state[key] for key in ("exp_avg", "exp_avg_sq", "momentum_buffer") if key in state]
+            state = optimizer.state.get(parameter, {})
+            moments = [state[key] for key in _moments(optimizer, optimizer.param_groups[groups[parameter]])]
             gradient = self._gradients.get(parameter)
             self._held.append((parameter, state.get("step"), moments, gradient))
             return _C.Parameter(
@@ -268,18 +267,24 @@ def _group(_C: Any, group: dict[str, Any]) -> Any:
 
 def _fill_state(optimizer: Optimizer) -> None:
     """Give parameters that were never updated the state that the optimiser's first step would."""
-    sgd = isinstance(optimizer, SGD)
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter] if parameter.requires_grad else {}
-            if not parameter.requires_grad or (sgd and group["momentum"] == 0):
+        moments = _moments(optimizer, group)
+        for parameter in group["params"] if moments else ():
+            if not parameter.requires_grad:
                 continue
-            if sgd:
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-            elif not state:
+            state = optimizer.state[parameter]
+            if not isinstance(optimizer, SGD) and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            for moment in moments:
+                if state.get(moment) is None:
+                    state[moment] = torch.zeros_like(parameter)
+
+
+def _moments(optimizer: Optimizer, group: dict[str, Any]) -> tuple[str, ...]:
+    """What the optimiser keeps of each parameter of a group, by its names in `optimizer.state`."""
+    if isinstance(optimizer, SGD):
+        return ("momentum_buffer",) if group["momentum"] else ()
+    return ("exp_avg", "exp_avg_sq")
 
 
 def _optimizer_reason(model: nn.Module, optimizer: Optimizer) -> str | None:

@@ -117,9 +117,9 @@ class Trainer:
 
         Raises:
             DataError: bad x, y, validation_data or validation_split. Arrays are looked at before the model is touched.
-            FloatingPointError: a loss or a weight became NaN or Inf. The model has the weights of before that step
-                where the engine took it, else of the last good epoch, and the optimiser starts afresh. (With
-                EarlyStopping, those of the best epoch.)
+            FloatingPointError: a loss or a weight became NaN or Inf. The model and the optimiser are as before that
+                step where the C++ engine took it and all weights are finite; else the model has the weights of the last
+                good epoch and the optimiser starts afresh. (With EarlyStopping, those of the best epoch.)
         """
         _check_count("epochs", epochs)
         _check_count("batch_size", batch_size)
