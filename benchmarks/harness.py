@@ -1,7 +1,8 @@
-"""Times one thing two ways, after checking that both give the right answer.
+"""Times one thing several ways, after checking that each gives the right answer.
 
-A `Case` is data; its `setup` makes `Sides`: two calls on the same fresh random inputs, and the answer in float64. A
-case is checked, timed and checked again; a case that fails is a row that says so, never a figure.
+A `Case` is data; its `setup` makes `Sides`: ours and those of its peers on the same fresh random inputs, and the answer
+in float64. All sides are checked, timed in turns and checked again; a side that fails is a row that says so, never a
+figure.
 """
 
 from __future__ import annotations
@@ -11,30 +12,31 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from . import cuda
-from .stats import FEWEST, Quartiles, median_interval, quartiles
 
 SAMPLE_NS = 1_000_000  # a sample is as many calls as last this long, so that the clock's own cost does not count
 
 Results = tuple[Tensor, ...]
 Call = Callable[[], Results]
+Sample = Callable[[Callable[[], object], int, Callable[[], int]], float]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of a table.
+    """What is measured, in one place.
 
     mode: what is computed, in words.
-    sizes: the row's sizes by name, as the table shows them.
-    dtype, threads: that both sides use.
-    flops: floating-point operations of the matrix products that one call cannot do without, 2 * M * N * K each.
-    setup: makes the two sides; random numbers come from torch's global generator.
-    steps: training steps in one call; times and flops are reported per step.
+    sizes: the sizes by name, as the table shows them; a curve is drawn over the one that varies.
+    dtype, threads: that all sides use.
+    flops: floating-point operations of the matrix products that one step cannot do without, 2 * M * N * K each.
+    bytes: the least that one step moves: what it reads and what it leaves behind, each once.
+    setup: makes the sides; random numbers come from torch's global generator. It travels to another process by pickle.
+    steps: training steps in one call; times are reported per step.
     device, way: "cpu", or "cuda" and one of `cuda.WAYS` to time there.
     """
 
@@ -43,6 +45,7 @@ class Case:
     dtype: torch.dtype
     threads: int
     flops: int
+    bytes: int
     setup: Callable[[Case], Sides]
     steps: int = 1
     device: str = "cpu"
@@ -64,94 +67,163 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Sides:
-    """Two calls that should give the same answer, and the answer.
+class Side:
+    """One way of doing it.
 
-    fused, eager: what is timed.
-    exact: what both should return, computed in float64; `names` are for messages.
-    context: entered around every run of calls, as a user would around a loop.
-    verify: the calls to check, fused then eager, where a timed call changes the state that it starts from and so does
-        not give the same answer twice. None: the timed calls themselves are checked.
+    call: what is timed.
+    verify: the call to check, where a timed call changes the state that it starts from and so does not give the same
+        answer twice. None: the timed call itself is checked.
+    sample: nanoseconds per call over so many calls in a row, for a side that takes the time itself, in another process.
+    close: ends what the side has started.
     """
 
-    fused: Call
-    eager: Call
+    call: Call
+    verify: Call | None = None
+    sample: Callable[[int], float] | None = None
+    close: Callable[[], None] = lambda: None
+
+    def results(self) -> Results:
+        return (self.verify or self.call)()
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What is compared, and the answer.
+
+    ours: our side.
+    peers: the others by name, eager PyTorch first: its error is the measure of ours. A string says why one is missing.
+    exact: what each side should return, computed in float64; `names` are for messages.
+    context: entered around every run of calls, as a user would around a loop.
+    """
+
+    ours: Side
+    peers: dict[str, Side | str]
     exact: Results
     names: tuple[str, ...]
     context: Callable[[], AbstractContextManager] = nullcontext
-    verify: tuple[Call, Call] | None = None
+
+    def present(self) -> dict[str, Side]:
+        return {name: side for name, side in self.peers.items() if isinstance(side, Side)}
+
+    def missing(self) -> dict[str, str]:
+        return {name: side for name, side in self.peers.items() if isinstance(side, str)}
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Nanoseconds per call, and how many times faster fused is: eager / fused, with its 95% interval."""
+class Samples:
+    """One process's timings of ours against one peer: nanoseconds per call, and peer / ours of each round."""
 
-    fused: Quartiles
-    eager: Quartiles
-    ratio: float
-    low: float
-    high: float
-    rounds: int
+    ours: list[float]
+    peer: list[float]
+    ratios: list[float]
 
 
 @dataclass(frozen=True)
-class Row:
-    """What came of a case: a timing, or an error in words."""
+class Outcome:
+    """What one process has to say of a case, by peer: timings, why the peer is missing, or what is wrong in words."""
 
-    case: Case
-    timing: Timing | None
-    error: str | None
+    samples: dict[str, Samples] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
 
 
-def run_case(case: Case, budget_s: float, seed: int) -> Row:
-    """Check `case`, time it for about `budget_s` seconds, check it again. Whatever goes wrong is the row's error."""
+EVERY = "every peer"  # of an error that is not one peer's
+
+
+def run_case(case: Case, budget_s: float, rounds: int, seed: int) -> Outcome:
+    """Check `case`, time it for about `budget_s` seconds and at least `rounds` rounds, check it again.
+
+    Whatever goes wrong is the outcome's: one broken case must not take the others along.
+    """
+    sides: Sides | None = None
     try:
         with threads(case.threads):
             torch.manual_seed(seed)
             with torch.device(case.device):
                 sides = case.setup(case)
-            with sides.context():
-                if case.device == "cuda" and case.way == cuda.GRAPHS:
-                    sides = replace(sides, fused=cuda.recorded(sides.fused), eager=cuda.recorded(sides.eager))
-                take = sample if case.device == "cpu" else cuda.SAMPLES[case.way]
-                if error := find_error(sides, case.device):
-                    return Row(case, None, error)
-                timing = time_pair(sides.fused, sides.eager, budget_s, take=take)
-                if error := find_error(sides, case.device):
-                    return Row(case, None, f"after timing: {error}")
-            return Row(case, timing, None)
-    except Exception as error:  # one broken case must not take the other rows along
-        return Row(case, None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            return measure(case, sides, budget_s, rounds)
+    except Exception as error:
+        return Outcome(errors={EVERY: describe_error(error)})
+    finally:
+        if sides is not None:
+            for side in (sides.ours, *sides.present().values()):
+                side.close()
 
 
-def find_error(sides: Sides, device: str = "cpu") -> str | None:
-    """What is wrong with the answer of one of the sides, in words; None if both are right.
+def measure(case: Case, sides: Sides, budget_s: float, rounds: int) -> Outcome:
+    missing = sides.missing()
+    with sides.context():
+        if case.device == "cuda" and case.way == cuda.GRAPHS:
+            sides = in_graphs(sides)
+        take = sample if case.device == "cpu" else cuda.SAMPLES[case.way]
+        errors = find_errors(sides, case.device)
+        if EVERY in errors:
+            return Outcome({}, missing, errors)
+        right = {name: side for name, side in sides.present().items() if name not in errors}
+        samples = time_sides(sides.ours, right, budget_s, rounds, take=take)
+        for name, error in find_errors(sides, case.device).items():
+            errors.setdefault(name, f"after timing: {error}")
+    if EVERY in errors:
+        samples = {}
+    return Outcome({name: taken for name, taken in samples.items() if name not in errors}, missing, errors)
 
-    fused: for each tensor, |fused - exact| <= 2 * |eager - exact| + 1e-6 * |exact|, each the largest in the tensor.
-    eager: a wrong eager side would excuse a wrong fused one. In float32 (without TF32) it must have half of the digits
-    right, in any dtype it must be finite. (In bfloat16 rounding alone flips a relu here and there, which is an error
-    as large as a gradient; the same code is held to more in float32.)
+
+def in_graphs(sides: Sides) -> Sides:
+    """The sides with each call recorded in a CUDA graph."""
+    peers = {name: replace(side, call=cuda.recorded(side.call)) for name, side in sides.present().items()}
+    return replace(sides, ours=replace(sides.ours, call=cuda.recorded(sides.ours.call)), peers=peers)
+
+
+def find_errors(sides: Sides, device: str = "cpu") -> dict[str, str]:
+    """What is wrong with the answers, in words, by peer; what is wrong with ours, or with all, stands at EVERY.
+
+    ours: for each tensor, |ours - exact| <= 2 * |eager - exact| + 1e-6 * |exact|, each the largest in the tensor, eager
+    being the first peer. A peer: a wrong eager side would excuse a wrong one of ours. In float32 (without TF32) it must
+    have half of the digits right, in any dtype it must be finite. (In bfloat16 rounding alone flips a relu here and
+    there, which is an error as large as a gradient; the same code is held to more in float32.)
     """
-    fused_call, eager_call = sides.verify or (sides.fused, sides.eager)
+    present = sides.present()
+    if not present:
+        return {EVERY: "there is no peer to compare with"}
+    errors: dict[str, str] = {}
     with torch.device(device):
-        results = zip(sides.names, fused_call(), eager_call(), sides.exact, strict=True)
-    all_digits = device == "cpu" or torch.backends.cuda.matmul.fp32_precision != "tf32"
-    for name, fused, eager, exact in results:
-        if (fused.shape, fused.dtype) != (eager.shape, eager.dtype):
-            return f"{name} of fused is {describe(fused)} and of eager {describe(eager)}"
-        fused_error, eager_error, largest = distance(fused, exact), distance(eager, exact), largest_value(exact)
-        half = eager.dtype == torch.float32 and all_digits
-        eager_limit = largest * torch.finfo(torch.float32).eps ** 0.5 if half else float("inf")
-        # Written so that NaN fails.
-        if not (eager_error <= eager_limit and eager_error < float("inf")):
-            return f"{name} of eager is off by {eager_error:.3g}, and its largest value is {largest:.3g}"
-        limit = 2 * eager_error + 1e-6 * largest
-        if not fused_error <= limit:
-            return f"{name} of fused is off by {fused_error:.3g}; eager's error allows {limit:.3g}"
+        ours = sides.ours.results()
+        for number, (name, side) in enumerate(present.items()):
+            try:
+                theirs = side.results()
+                error = find_peer_error(sides, theirs, device)
+            except Exception as raised:
+                error = describe_error(raised)
+            if error is not None:
+                errors[name] = error
+            if number == 0:
+                wrong = error or find_own_error(sides, ours, theirs)
+                if wrong is not None:
+                    return {EVERY: wrong}
+    return errors
+
+
+def find_own_error(sides: Sides, ours: Results, eager: Results) -> str | None:
+    for name, own, other, exact in zip(sides.names, ours, eager, sides.exact, strict=True):
+        if (own.shape, own.dtype) != (other.shape, other.dtype):
+            return f"{name} of ours is {describe(own)} and of eager {describe(other)}"
+        error, limit = distance(own, exact), 2 * distance(other, exact) + 1e-6 * largest_value(exact)
+        if not error <= limit:  # written so that NaN fails
+            return f"{name} of ours is off by {error:.3g}; eager's error allows {limit:.3g}"
     return None
 
 
-Sample = Callable[[Callable[[], object], int, Callable[[], int]], float]
+def find_peer_error(sides: Sides, theirs: Results, device: str) -> str | None:
+    all_digits = device == "cpu" or torch.backends.cuda.matmul.fp32_precision != "tf32"
+    for name, other, exact in zip(sides.names, theirs, sides.exact, strict=True):
+        if other.shape != exact.shape:
+            return f"{name} is {describe(other)} and should be {list(exact.shape)}"
+        error, largest = distance(other, exact), largest_value(exact)
+        half = other.dtype == torch.float32 and all_digits
+        limit = largest * torch.finfo(torch.float32).eps ** 0.5 if half else float("inf")
+        if not (error <= limit and error < float("inf")):
+            return f"{name} is off by {error:.3g}, and its largest value is {largest:.3g}"
+    return None
 
 
 def sample(call: Callable[[], object], calls: int, clock: Callable[[], int] = time.perf_counter_ns) -> float:
@@ -162,42 +234,52 @@ def sample(call: Callable[[], object], calls: int, clock: Callable[[], int] = ti
     return (clock() - start) / calls
 
 
-def time_pair(
-    fused: Call,
-    eager: Call,
+def time_sides(
+    ours: Side,
+    peers: dict[str, Side],
     budget_s: float,
+    rounds: int,
     clock: Callable[[], int] = time.perf_counter_ns,
     take: Sample = sample,
-) -> Timing:
-    """Time two calls against each other for `budget_s` seconds, or for FEWEST rounds if that takes longer.
+) -> dict[str, Samples]:
+    """Time the sides against each other for `budget_s` seconds, or for `rounds` rounds if that takes longer.
 
-    A round is fused, eager, eager, fused: a machine that speeds up or slows down steadily favours neither. Its ratio
-    is one value; the first round is warm-up. `clock` returns nanoseconds, `take` those of a call.
+    A round is ours, each peer, each peer backwards, ours: a machine that speeds up or slows down steadily favours none.
+    A peer's ratio of a round is one value; the first round is warm-up. `clock` returns nanoseconds, `take` those of a
+    call.
     """
+    order = [ours, *peers.values()]
+
+    def timed(side: Side, calls: int) -> float:
+        return side.sample(calls) if side.sample is not None else take(side.call, calls, clock)
+
     with no_garbage_collection():
-        counts = {call: calls_per_sample(call, clock, take) for call in (fused, eager)}
-        fused_ns: list[float] = []
-        eager_ns: list[float] = []
-        ratios: list[float] = []
+        counts = [calls_per_sample(side, timed) for side in order]
+        taken: list[list[float]] = []
         deadline = clock() + budget_s * 1e9
         for round_number in itertools.count():
-            if len(ratios) >= FEWEST and clock() >= deadline:
+            if len(taken) >= rounds and clock() >= deadline:
                 break
-            first, second, third, fourth = (take(call, counts[call], clock) for call in (fused, eager, eager, fused))
+            there = [timed(side, calls) for side, calls in zip(order, counts, strict=True)]
+            back = [timed(side, calls) for side, calls in zip(order[::-1], counts[::-1], strict=True)]
             if round_number > 0:
-                fused_ns += [first, fourth]
-                eager_ns += [second, third]
-                ratios.append((second + third) / (first + fourth))
-    return Timing(
-        quartiles(fused_ns), quartiles(eager_ns), quartiles(ratios).median, *median_interval(ratios), len(ratios)
-    )
+                taken.append([*there, *back])
+    last = 2 * len(order) - 1
+    return {
+        name: Samples(
+            [times[i] for times in taken for i in (0, last)],
+            [times[i] for times in taken for i in (place, last - place)],
+            [(times[place] + times[last - place]) / (times[0] + times[last]) for times in taken],
+        )
+        for place, name in enumerate(peers, start=1)
+    }
 
 
-def calls_per_sample(call: Call, clock: Callable[[], int] = time.perf_counter_ns, take: Sample = sample) -> int:
+def calls_per_sample(side: Side, timed: Callable[[Side, int], float]) -> int:
     """How many calls last SAMPLE_NS. They also warm the call up."""
-    call()
+    timed(side, 1)
     calls = 1
-    while take(call, calls, clock) * calls < SAMPLE_NS:
+    while timed(side, calls) * calls < SAMPLE_NS:
         calls *= 2
     return calls
 
@@ -236,6 +318,10 @@ def largest_value(tensor: Tensor) -> float:
 
 def describe(tensor: Tensor) -> str:
     return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
+
+
+def describe_error(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
