@@ -1,4 +1,5 @@
-"""fastenc against eager PyTorch: one file per question, each run as `python -m benchmarks.<question>`.
+"""fastenc against eager PyTorch and others: one file per question, all asked by `fastenc bench`."""
 
-`python -m benchmarks` asks them all. Run from the repository root, with fastenc installed in editable mode.
-"""
+from . import dense, encoder, fit
+
+QUESTIONS = (dense.QUESTION, encoder.QUESTION, fit.QUESTION)

@@ -1,35 +1,45 @@
-"""The command line that every question shares."""
+"""What to measure, and measuring it: each question in several processes, all figures of one run in one list of rows."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from . import cuda
-from .harness import Case, Row, run_case
-from .machine import QUICK_SIZES, SIZES, Peak, describe_machine, measure_peak, peak_name
-from .report import build_report, to_markdown
+from .harness import EVERY, Case, Outcome, run_case
+from .machine import Peaks, measure_peaks
+from .report import Measured, make_records
+from .stats import FEWEST
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PEERS = Path(".venv-peers")
 QUICK_BUDGET_S = 0.05
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure: numbers of threads, dtypes, whether only a few cases for a few milliseconds, and where."""
+    """What to measure: numbers of threads, dtypes, whether only a few cases for a few milliseconds, and where.
+
+    peers: the folder of the environment that holds the peers of other frameworks; None where there is none.
+    processes: fresh processes that measure each case.
+    """
 
     threads: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     quick: bool
     seed: int
     device: str = "cpu"
+    peers: Path | None = None
+    processes: int = 1
 
     def places(self) -> Iterator[Place]:
         """Each number of threads on the CPU; each way of timing on a GPU."""
@@ -49,13 +59,20 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Question:
-    """A table: the cases that answer one question. `budget_s` is the seconds spent on timing one case."""
+    """A table: the cases that answer one question.
+
+    budget_s: seconds spent on measuring one case, in all processes together.
+    unit: "us", or that of the values which `measure` gives instead of times.
+    measure: measures one case in the process that calls it, from a budget in seconds, the fewest rounds and a seed.
+    """
 
     name: str
     title: str
     cases: Callable[[Options], Iterable[Case]]
     dtypes: tuple[torch.dtype, ...]
     budget_s: float
+    unit: str = "us"
+    measure: Callable[[Case, float, int, int], Outcome] = run_case
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,67 +80,110 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, nargs="+", help="numbers of threads; by default 1 and all")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="by default all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="by default cpu")
-    parser.add_argument("--tf32", action="store_true", help="let both sides multiply float32 as TF32 on a GPU")
+    parser.add_argument("--tf32", action="store_true", help="let all sides multiply float32 as TF32 on a GPU")
     parser.add_argument("--seed", type=int, help="of weights and inputs; by default fresh ones in every run")
+    parser.add_argument("--processes", type=positive, help="that measure each case; by default 3, with --quick 1")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help=f"by default {PEERS}, as `make bench-peers` makes it")
 
 
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of threads; give 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number; give 1 or more")
     return int(text)
 
 
 def parse_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Options:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here; run it on a machine with one, or leave --device out")
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if arguments.tf32 else "ieee"
+    if arguments.peers is not None and not (arguments.peers / "bin" / "python").exists():
+        parser.error(f"--peers {arguments.peers}: no environment is there; make one by `make bench-peers`")
     threads = arguments.threads or [1, torch.get_num_threads()]
-    seed = torch.seed() % 2**32 if arguments.seed is None else arguments.seed
-    dtypes = tuple(DTYPES[name] for name in dict.fromkeys(arguments.dtype))
-    return Options(tuple(dict.fromkeys(threads)), dtypes, arguments.quick, seed, arguments.device)
+    return Options(
+        tuple(dict.fromkeys(threads)),
+        tuple(DTYPES[name] for name in dict.fromkeys(arguments.dtype)),
+        arguments.quick,
+        torch.seed() % 2**32 if arguments.seed is None else arguments.seed,
+        arguments.device,
+        arguments.peers or (PEERS if (PEERS / "bin" / "python").exists() else None),
+        arguments.processes or (1 if arguments.quick else 3),
+    )
 
 
-def main(question: Question, arguments: Sequence[str] | None = None) -> int:
-    """Answer one question from the command line. Exit code 1 if a case failed, 2 for bad arguments."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{question.name}", description=question.title)
-    add_options(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
-    parsed = parser.parse_args(arguments)
-    if parsed.json is not None and not parsed.json.parent.is_dir():
-        parser.error(f"--json {parsed.json}: there is no folder {parsed.json.parent}; make it first")
-    report = answer(question, parse_options(parser, parsed), describe_machine(parsed.device))
-    if parsed.json is not None:
-        write_json(report, parsed.json)
-    print(to_markdown(report))
-    return exit_code(report)
+@dataclass
+class Answer:
+    """What has been measured of a question so far; a run that is cut short keeps it."""
+
+    question: Question
+    options: Options
+    machine: dict[str, Any]
+    tf32: bool
+    peaks: Peaks = field(default_factory=Peaks)
+    measured: dict[str, Measured] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Measure every case in each process. Progress goes to stderr, one line a case and process.
+
+        The peaks are measured before and after: one of a bad moment would flatter every share of it.
+        """
+        cases = list(self.question.cases(self.options))
+        self.measured = {case.name: Measured(case) for case in cases}
+        budget_s = QUICK_BUDGET_S if self.options.quick else self.question.budget_s / self.options.processes
+        rounds = -(-FEWEST // self.options.processes)
+        self.peaks = self.in_process(measure_peaks, cases, self.options.quick)
+        for process in range(self.options.processes):
+            with Worker(self.tf32) as worker:
+                for case in cases:
+                    outcome = worker.run(self.question.measure, case, budget_s, rounds, self.options.seed + process)
+                    self.measured[case.name].outcomes.append(outcome)
+                    print(f"{self.question.name}: {case.name}: {in_words(outcome)}", file=sys.stderr)
+        self.peaks = self.peaks.raised_to(self.in_process(measure_peaks, cases, self.options.quick))
+
+    def in_process(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        with Worker(self.tf32) as worker:
+            return worker.submit(function, *arguments)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rows of the report."""
+        question = self.question
+        about = {"question": question.name, "title": question.title, "unit": question.unit, "seed": self.options.seed}
+        measured = [case for case in self.measured.values() if case.outcomes]
+        return make_records(about, measured, self.peaks, self.machine)
 
 
-def answer(question: Question, options: Options, machine: dict[str, Any]) -> dict[str, Any]:
-    """Measure every case and return the report. Progress goes to stderr, one line a case."""
-    cases = list(question.cases(options))
-    peaks = measure_peaks(cases, options.quick)
-    rows: list[Row] = []
-    for case in cases:
-        row = run_case(case, QUICK_BUDGET_S if options.quick else question.budget_s, options.seed)
-        outcome = f"{row.timing.ratio:.2f}" if row.timing is not None else f"ERROR {row.error}"
-        print(f"{question.name}: {case.name}: {outcome}", file=sys.stderr)
-        rows.append(row)
-    # A peak that was measured in a bad moment would flatter every share of it: the higher of before and after counts.
-    for name, peak in measure_peaks(cases, options.quick).items():
-        peaks[name] = peaks[name].raised_to(peak.gflops, peak.source)
-    return build_report(question.name, question.title, rows, peaks, machine, options.seed)
+class Worker:
+    """A fresh process that measures; another takes its place if it dies."""
+
+    def __init__(self, tf32: bool) -> None:
+        self.tf32 = tf32
+
+    def __enter__(self) -> Worker:
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), set_precision, (self.tf32,))
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return self.pool.submit(function, *arguments).result()
+
+    def run(self, measure: Callable[..., Outcome], *arguments: Any) -> Outcome:
+        try:
+            return self.submit(measure, *arguments)
+        except BrokenProcessPool:
+            self.__exit__()
+            self.__enter__()
+            return Outcome(errors={EVERY: "the process that measured it died; is there enough memory?"})
 
 
-def measure_peaks(cases: Sequence[Case], quick: bool) -> dict[str, Peak]:
-    """The peak for each dtype and number of threads, or GPU, among the cases."""
-    sizes = QUICK_SIZES if quick else SIZES
-    kinds = {peak_name(case): (case.dtype, case.threads, sizes[case.device], case.device) for case in cases}
-    return {name: measure_peak(*kind) for name, kind in kinds.items()}
+def set_precision(tf32: bool) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
 
 
-def write_json(report: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(report, indent=1) + "\n")
+def in_words(outcome: Outcome) -> str:
+    taken = [f"{median_ratio(samples.ratios):.2f} {name}" for name, samples in outcome.samples.items()]
+    wrong = [f"ERROR {name}: {error}" for name, error in outcome.errors.items()]
+    return "; ".join([*taken, *wrong])
 
 
-def exit_code(report: dict[str, Any]) -> int:
-    return 1 if any(row["error"] is not None for row in report["rows"]) else 0
+def median_ratio(ratios: list[float]) -> float:
+    return sorted(ratios)[len(ratios) // 2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from fastenc import FusedDense
 
-from .command import Options, Question, main
+from .command import Options, Question
 from .harness import Case, Sides
-from .stacks import EVERYTHING, FORWARD, stack_flops, stack_sides
+from .stacks import EVERYTHING, FORWARD, stack_bytes, stack_flops, stack_sides
 
 ROWS = (1, 32, 256, 4096)
 WIDTHS = (16, 128, 784, 1024)
@@ -30,6 +29,7 @@ def cases(options: Options) -> Iterator[Case]:
                 dtype,
                 place.threads,
                 stack_flops(M, (K, N), mode),
+                stack_bytes(M, (K, N), mode, dtype.itemsize),
                 setup,
                 device=place.device,
                 way=place.way,
@@ -54,6 +54,3 @@ QUESTION = Question(
     dtypes=(torch.float32, torch.bfloat16),
     budget_s=0.5,
 )
-
-if __name__ == "__main__":
-    sys.exit(main(QUESTION))

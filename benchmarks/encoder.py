@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -11,9 +10,9 @@ from torch import nn
 
 from fastenc import Encoder
 
-from .command import Options, Question, main
+from .command import Options, Question
 from .harness import Case, Sides
-from .stacks import EVERYTHING, FORWARD, PARAMETERS, stack_flops, stack_sides
+from .stacks import EVERYTHING, FORWARD, PARAMETERS, stack_bytes, stack_flops, stack_sides
 
 WIDTHS = (784, 128, 64, 32, 16)
 BATCHES = (1, 32, 256, 4096, 65536)
@@ -30,6 +29,7 @@ def cases(options: Options) -> Iterator[Case]:
             dtype,
             place.threads,
             stack_flops(M, WIDTHS, mode),
+            stack_bytes(M, WIDTHS, mode, dtype.itemsize),
             setup,
             device=place.device,
             way=place.way,
@@ -50,6 +50,3 @@ QUESTION = Question(
     dtypes=(torch.float32, torch.bfloat16),
     budget_s=1.0,
 )
-
-if __name__ == "__main__":
-    sys.exit(main(QUESTION))

@@ -94,6 +94,7 @@ class Sides:
     peers: the others by name, eager PyTorch first: its error is the measure of ours. A string says why one is missing.
     exact: what each side should return, computed in float64; `names` are for messages.
     context: entered around every run of calls, as a user would around a loop.
+    rounded: whether it makes products lose digits of float32, as autocast does, though results are float32.
     """
 
     ours: Side
@@ -101,6 +102,7 @@ class Sides:
     exact: Results
     names: tuple[str, ...]
     context: Callable[[], AbstractContextManager] = nullcontext
+    rounded: bool = False
 
     def present(self) -> dict[str, Side]:
         return {name: side for name, side in self.peers.items() if isinstance(side, Side)}
@@ -214,12 +216,12 @@ def find_own_error(sides: Sides, ours: Results, eager: Results) -> str | None:
 
 
 def find_peer_error(sides: Sides, theirs: Results, device: str) -> str | None:
-    all_digits = device == "cpu" or torch.backends.cuda.matmul.fp32_precision != "tf32"
+    tf32 = device != "cpu" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     for name, other, exact in zip(sides.names, theirs, sides.exact, strict=True):
         if other.shape != exact.shape:
             return f"{name} is {describe(other)} and should be {list(exact.shape)}"
         error, largest = distance(other, exact), largest_value(exact)
-        half = other.dtype == torch.float32 and all_digits
+        half = other.dtype == torch.float32 and not (tf32 or sides.rounded)
         limit = largest * torch.finfo(torch.float32).eps ** 0.5 if half else float("inf")
         if not (error <= limit and error < float("inf")):
             return f"{name} is off by {error:.3g}, and its largest value is {largest:.3g}"

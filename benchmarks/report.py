@@ -1,84 +1,150 @@
-"""What came of a question: JSON to keep, a table to read, and the difference between two runs."""
+"""What came of a question: rows to keep, each with all that it was measured on, and what changed between two runs."""
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .cuda import WAYS
-from .harness import Row, count, dtype_name
-from .machine import Peak, load_warning, peak_name
-from .stats import geometric_mean
+from .harness import EVERY, Case, Outcome, Samples, dtype_name
+from .machine import Peak, Peaks, product_key
+from .stats import geometric_mean, pooled_ratio, quartiles
 
-FORMAT = 1  # of the JSON; to be raised when a reader of the old one would misread the new
+FORMAT = 2  # of the JSON; to be raised when a reader of the old one would misread the new
+
+Record = dict[str, Any]
 
 
 class ReportError(ValueError):
     """A file that is not a report, in one sentence with the cure."""
 
 
-def build_report(
-    name: str, title: str, rows: Sequence[Row], peaks: dict[str, Peak], machine: dict[str, Any], seed: int
-) -> dict[str, Any]:
-    """The report as JSON holds it. Times are microseconds per call or, where a case has steps, per step.
+@dataclass
+class Measured:
+    """A case, and what each process had to say of it."""
 
-    No share of the peak is over 100%: a case that beats the measured peak becomes the peak, and the report says so.
+    case: Case
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def peers(self) -> list[str]:
+        """By name: those of the case, or EVERY where nothing could be compared."""
+        named = dict.fromkeys(
+            name
+            for outcome in self.outcomes
+            for name in chain(outcome.samples, outcome.missing, outcome.errors)
+            if name != EVERY
+        )
+        return list(named) or [EVERY]
+
+    def error(self, peer: str) -> str | None:
+        for outcome in self.outcomes:
+            if error := outcome.errors.get(peer) or outcome.errors.get(EVERY):
+                return error
+        return None
+
+    def missing(self, peer: str) -> str | None:
+        return next((outcome.missing[peer] for outcome in self.outcomes if peer in outcome.missing), None)
+
+    def samples(self, peer: str) -> list[Samples]:
+        """Of each process; empty where the row is none of figures."""
+        if self.missing(peer) is not None or self.error(peer) is not None:
+            return []
+        return [outcome.samples[peer] for outcome in self.outcomes]
+
+    def fastest_ns(self) -> float | None:
+        """The shortest median call of any side."""
+        medians = [
+            quartiles([value for samples in taken for value in getattr(samples, side)]).median
+            for peer in self.peers()
+            if (taken := self.samples(peer))
+            for side in ("ours", "peer")
+        ]
+        return min(medians, default=None)
+
+
+def make_records(about: Record, measured: Sequence[Measured], peaks: Peaks, machine: Record) -> list[Record]:
+    """A record of each case and peer, as JSON holds it. Times are microseconds per call or, with steps, per step.
+
+    No share of a peak is over 100%: a case that beats the measured peak becomes the peak, and says so.
     """
-    peaks = dict(peaks)
-    for row in rows:
-        if row.timing is not None:
-            key = peak_name(row.case)
-            fastest = min(row.timing.fused.median, row.timing.eager.median)
-            peaks[key] = peaks[key].raised_to(row.case.flops * row.case.steps / fastest, f"the case {row.case.name}")
-    records = [to_record(row, peaks) for row in sorted(rows, key=sort_key)]
-    return {
-        "format": FORMAT,
-        "question": name,
-        "title": title,
-        "machine": machine,
-        "seed": seed,
-        "peaks": {key: asdict(peak) for key, peak in peaks.items()},
-        "rows": records,
-        "summary": summarise(records),
-    }
+    timed = about["unit"] == "us"
+    if timed:
+        for each in measured:
+            raise_peaks(each, peaks)
+    return [
+        {**about, **to_record(each, peer, peaks, timed), "machine": machine}
+        for each in measured
+        for peer in each.peers()
+    ]
 
 
-def sort_key(row: Row) -> tuple:
-    case = row.case
-    return case.mode, dtype_name(case.dtype), case.threads, case.place, tuple(case.sizes.values())
+def raise_peaks(measured: Measured, peaks: Peaks) -> None:
+    case, fastest = measured.case, measured.fastest_ns()
+    if fastest is None:
+        return
+    source, step_ns = f"the case {case.name}", fastest / case.steps
+    products, traffic = peaks.products[product_key(case)], peaks.traffic[case.processor]
+    peaks.products[product_key(case)] = type(products)(
+        *max((products.rate, products.source), (case.flops / step_ns, source))
+    )
+    size = min((size for size in traffic if size >= case.bytes), default=max(traffic))
+    if case.bytes / step_ns > peaks.bandwidth(case.processor, case.bytes).rate:
+        traffic[size] = Peak(case.bytes / step_ns, source)
 
 
-def to_record(row: Row, peaks: dict[str, Peak]) -> dict[str, Any]:
-    case, timing = row.case, row.timing
-    record: dict[str, Any] = {
+def to_record(measured: Measured, peer: str, peaks: Peaks, timed: bool) -> Record:
+    case = measured.case
+    record: Record = {
         "case": case.name,
         "mode": case.mode,
         "sizes": case.sizes,
         "dtype": dtype_name(case.dtype),
         "threads": case.threads,
         "place": case.place,
+        "cache": "flushed before each call" if "," in case.place and "calls" not in case.place else "warm",
+        "peer": peer,
         "flops": case.flops,
-        "error": row.error,
+        "bytes": case.bytes,
+        "steps": case.steps,
+        "processes": len(measured.outcomes),
+        "missing": measured.missing(peer),
+        "error": measured.error(peer),
     }
-    if timing is None:
+    taken = measured.samples(peer)
+    if not taken:
         return record
-    us = 1e-3 / case.steps
-    gflops = case.flops * case.steps / timing.fused.median
-    return record | {
-        "fused_us": {key: value * us for key, value in asdict(timing.fused).items()},
-        "eager_us": {key: value * us for key, value in asdict(timing.eager).items()},
-        "ratio": {"median": timing.ratio, "low": timing.low, "high": timing.high},
-        "rounds": timing.rounds,
-        "fused_per_second": 1e9 * case.steps / timing.fused.median,
-        "eager_per_second": 1e9 * case.steps / timing.eager.median,
-        "fused_gflops": gflops,
-        "eager_gflops": case.flops * case.steps / timing.eager.median,
-        "share_of_peak": gflops / peaks[peak_name(case)].gflops,
+    scale = 1e-3 / case.steps if timed else 1.0
+    ours, theirs = (
+        quartiles([value * scale for samples in taken for value in getattr(samples, side)]) for side in ("ours", "peer")
+    )
+    ratio, low, high = pooled_ratio([samples.ratios for samples in taken])
+    record |= {
+        "ours": asdict(ours),
+        "theirs": asdict(theirs),
+        "ratio": {"median": ratio, "low": low, "high": high},
+        "rounds": sum(len(samples.ratios) for samples in taken),
     }
+    if timed:
+        products, traffic = peaks.products[product_key(case)], peaks.bandwidth(case.processor, case.bytes)
+        gflops, gbs = (amount / ours.median * 1e-3 for amount in (case.flops, case.bytes))
+        record |= {
+            "gflops": gflops,
+            "gbs": gbs,
+            "share_of_peak": gflops / products.rate,
+            "share_of_bandwidth": gbs / traffic.rate,
+            "their_gflops": case.flops / theirs.median * 1e-3,
+            "peak_gflops": asdict(products),
+            "peak_gbs": asdict(traffic),
+            "copying_gbs": {str(size): peak.rate for size, peak in peaks.traffic[case.processor].items()},
+        }
+    return record
+
+
+def has_figures(record: Record) -> bool:
+    return "ratio" in record
 
 
 def verdict(ratio: dict[str, float]) -> str:
@@ -88,169 +154,89 @@ def verdict(ratio: dict[str, float]) -> str:
     return "slower" if ratio["high"] < 1 else "even"
 
 
-def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Worst and geometric mean of the ratios: of all rows, then of each mode, dtype and place."""
-
-    def group(record: dict[str, Any]) -> str:
-        return f"{record['mode']}, {record['dtype']}, {record['place']}"
-
-    groups = {"all": list(records)} | {key: list(rows) for key, rows in itertools.groupby(records, group)}
-    return [summarise_group(key, rows) for key, rows in groups.items()]
+def grouped(records: Iterable[Record], *keys: str) -> dict[tuple, list[Record]]:
+    """The records by the values of `keys`, in the order of their first."""
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return groups
 
 
-def summarise_group(name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    timed = [record for record in records if record["error"] is None]
+def summarise(records: Sequence[Record]) -> list[Record]:
+    """Worst and geometric mean of the ratios, for each mode, dtype, place and peer."""
+    groups = grouped(records, "mode", "dtype", "place", "peer")
+    return [summarise_group(", ".join(key[:3]), key[3], group) for key, group in groups.items()]
+
+
+def summarise_group(name: str, peer: str, records: list[Record]) -> Record:
+    timed = [record for record in records if has_figures(record)]
     verdicts = [verdict(record["ratio"]) for record in timed]
     worst = min(timed, key=lambda record: record["ratio"]["median"], default=None)
     return {
         "rows": name,
+        "peer": peer,
         "worst": None if worst is None else {"case": worst["case"], "ratio": worst["ratio"]["median"]},
         "geometric_mean": geometric_mean([record["ratio"]["median"] for record in timed]) if timed else None,
         "faster": verdicts.count("faster"),
         "even": verdicts.count("even"),
         "slower": verdicts.count("slower"),
-        "errors": len(records) - len(timed),
+        "errors": sum(record["error"] is not None for record in records),
+        "missing": sum(record["missing"] is not None for record in records),
     }
 
 
-def to_markdown(report: dict[str, Any]) -> str:
-    """The report as Markdown: the machine, every row with losing ones marked, worst and geometric mean at the foot."""
-    rows = report["rows"]
-    sizes = list(rows[0]["sizes"]) if rows else []
-    lines = [f"## {report['title']}", "", *machine_lines(report), ""]
-    lines += [
-        "Times are medians and quartiles. eager / fused is over 1 where fused is faster, with its 95% interval.",
-        "",
-    ]
-    lines += table(
-        [
-            "mode",
-            *sizes,
-            "dtype",
-            "on",
-            "fused us",
-            "eager us",
-            "eager / fused",
-            "",
-            "fused per s",
-            "GFLOP/s",
-            "of peak",
-        ],
-        [cells(row) for row in rows],
-    )
-    lines += [""]
-    lines += table(
-        ["rows", "worst", "at", "geometric mean", "faster", "even", "slower", "failed"],
-        [summary_cells(summary) for summary in report["summary"]],
-    )
-    return "\n".join(lines) + "\n"
+def failed(records: Iterable[Record]) -> bool:
+    return any(record["error"] is not None for record in records)
 
 
-def machine_lines(report: dict[str, Any]) -> list[str]:
-    machine = report["machine"]
-    load = "unknown" if machine["load_average"] is None else f"{machine['load_average'][0]:.2f}"
-    facts = [
-        f"{machine['cpu']} ({machine['capability']}), {count(machine['cores'], 'core')}, "
-        f"{count(machine['threads'], 'thread')}, load average {load} at the start",
-        *gpu_lines(machine),
-        f"Python {machine['python']}, torch {machine['torch']}, fastenc {machine['fastenc']}",
-        *(f"backend {name}: {state}" for name, state in machine["backends"].items()),
-        f"{machine['time']}, seed {report['seed']}",
-        *(f"peak at {key}: {peak['gflops']:,.0f} GFLOP/s ({peak['source']})" for key, peak in report["peaks"].items()),
-    ]
-    if warning := load_warning(machine):
-        facts.append(f"**Warning:** {warning}")
-    return [f"- {fact}" for fact in facts]
+def write_rows(records: Sequence[Record], path: Path) -> None:
+    path.write_text(json.dumps({"format": FORMAT, "rows": records}, indent=1) + "\n")
 
 
-def gpu_lines(machine: dict[str, Any]) -> list[str]:
-    """The GPU's facts, and what the ways of timing mean; nothing for a report on a CPU."""
-    gpu = machine.get("gpu")
-    if gpu is None:
-        return []
-    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in gpu.items() if name != "name")
-    return [f"{gpu['name']}: {facts}", *(f"{way}: {meaning}" for way, meaning in WAYS.items())]
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [table_line(header), table_line(["---"] * len(header)), *(table_line(row) for row in rows)]
-
-
-def table_line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def cells(record: dict[str, Any]) -> list[str]:
-    sizes = [f"{size:,}" for size in record["sizes"].values()]
-    first = [record["mode"], *sizes, record["dtype"], record["place"]]
-    if record["error"] is not None:
-        return [*first, "", "", "", f"**ERROR** {record['error'].replace('|', '/')}", "", "", ""]
-    ratio = record["ratio"]
-    return [
-        *first,
-        time_cell(record["fused_us"]),
-        time_cell(record["eager_us"]),
-        f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
-        {"faster": "", "even": "even", "slower": "**SLOWER**"}[verdict(ratio)],
-        f"{record['fused_per_second']:,.0f}",
-        f"{record['fused_gflops']:,.1f}",
-        f"{record['share_of_peak']:.0%}",
-    ]
-
-
-def time_cell(us: dict[str, float]) -> str:
-    digits = 1 if us["median"] < 100 else 0
-    return f"{us['median']:,.{digits}f} ({us['q1']:,.{digits}f} to {us['q3']:,.{digits}f})"
-
-
-def summary_cells(summary: dict[str, Any]) -> list[str]:
-    worst = summary["worst"]
-    return [
-        summary["rows"],
-        *(
-            ("", "", "")
-            if worst is None
-            else (f"{worst['ratio']:.2f}", worst["case"], f"{summary['geometric_mean']:.2f}")
-        ),
-        *(str(summary[key]) for key in ("faster", "even", "slower", "errors")),
-    ]
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """A report written by this program; a ReportError says what is wrong with any other file."""
+def read_rows(path: Path) -> list[Record]:
+    """The rows of a file, or of every file of a folder; a ReportError says what is wrong with any other."""
+    if path.is_dir():
+        files = sorted(path.glob("*.json"))
+        if not files:
+            raise ReportError(f"{path} holds no JSON file; give a folder that --out has written, or one of its files")
+        return [record for file in files for record in read_rows(file)]
     try:
         report = json.loads(path.read_text())
         if report["format"] != FORMAT:
             raise ReportError(f"{path} has format {report['format']} and this program reads {FORMAT}; measure again")
-        return report
+        return [record for record in report["rows"] if record["case"]]
     except OSError as error:
         raise ReportError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, ReportError):
             raise
-        raise ReportError(f"{path} is not a benchmark report; give a file that --json or --out has written") from None
+        raise ReportError(f"{path} is not a benchmark report; give a file that --out has written") from None
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What changed between two reports: (kind, line), kind being slower, faster, failed, mended, new, gone or note.
+def compare(before: Sequence[Record], after: Sequence[Record]) -> Iterator[tuple[str, str]]:
+    """What changed between two runs: (kind, line), kind being slower, faster, failed, mended, new, gone or note.
 
     A row is slower or faster when the intervals of its two ratios do not overlap.
     """
-    for key in ("cpu", "cores", "torch"):
-        if before["machine"][key] != after["machine"][key]:
-            yield "note", f"{key} differs: {before['machine'][key]} and {after['machine'][key]}"
-    old = {record["case"]: record for record in before["rows"]}
-    new = {record["case"]: record for record in after["rows"]}
-    for case in old | new:
-        if case not in old or case not in new:
-            yield ("new" if case in new else "gone"), case
-        elif old[case]["error"] is not None or new[case]["error"] is not None:
-            if old[case]["error"] is None:
-                yield "failed", f"{case}: {new[case]['error']}"
-            elif new[case]["error"] is None:
-                yield "mended", case
-        else:
-            was, now = old[case]["ratio"], new[case]["ratio"]
+    for key in ("cpu", "cores", "gpu", "torch"):
+        was, now = ({str(record["machine"][key]) for record in records} for records in (before, after))
+        if was != now:
+            yield "note", f"{key} differs: {', '.join(sorted(was))} and {', '.join(sorted(now))}"
+    old, new = ({row_name(record): record for record in records} for records in (before, after))
+    for name in old | new:
+        if name not in old or name not in new:
+            yield ("new" if name in new else "gone"), name
+        elif old[name]["error"] is not None or new[name]["error"] is not None:
+            if old[name]["error"] is None:
+                yield "failed", f"{name}: {new[name]['error']}"
+            elif new[name]["error"] is None:
+                yield "mended", name
+        elif has_figures(old[name]) and has_figures(new[name]):
+            was, now = old[name]["ratio"], new[name]["ratio"]
             if now["high"] < was["low"] or now["low"] > was["high"]:
                 kind = "slower" if now["median"] < was["median"] else "faster"
-                yield kind, f"{case}: {was['median']:.2f} -> {now['median']:.2f}"
+                yield kind, f"{name}: {was['median']:.2f} -> {now['median']:.2f}"
+
+
+def row_name(record: Record) -> str:
+    return f"{record['question']}, {record['case']}, against {record['peer']}"

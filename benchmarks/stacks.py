@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from .harness import Call, Case, Results, Sides
+from .harness import Call, Case, Results, Side, Sides
 
 FORWARD = "forward, inference"
 PARAMETERS = "forward + backward, parameter gradients"
 EVERYTHING = "forward + backward"
+EAGER = "eager PyTorch"
 MARGIN = 1e-5  # some hundred times what rounding does to a float32 sum, beside the sum of its terms' sizes
 
 
@@ -28,10 +30,33 @@ def stack_flops(M: int, widths: Sequence[int], mode: str) -> int:
     return 3 * sum(products) - (products[0] if mode == PARAMETERS else 0)
 
 
+def stack_bytes(M: int, widths: Sequence[int], mode: str, itemsize: int) -> int:
+    """The least that is moved for `M` rows: x, the parameters and the output; backward adds grad_out and x again, and
+    what it leaves: the parameters' gradients and, if x wants one, x's. What lies between the layers can stay on chip.
+    """
+    parameters = sum(K * N + N for K, N in itertools.pairwise(widths))
+    x, out = M * widths[0], M * widths[-1]
+    moved = x + parameters + out
+    if mode != FORWARD:
+        moved += out + x + 2 * parameters + (x if mode == EVERYTHING else 0)
+    return moved * itemsize
+
+
+Peer = Callable[[Sequence[nn.Linear], Tensor], Side | str]
+
+
 def stack_sides(
-    case: Case, M: int, fused: nn.Module, eager: Callable[[Tensor], Tensor], layers: Sequence[nn.Linear]
+    case: Case,
+    M: int,
+    fused: nn.Module,
+    eager: Callable[[Tensor], Tensor],
+    layers: Sequence[nn.Linear],
+    peers: Mapping[str, Peer] = MappingProxyType({}),
 ) -> Sides:
-    """Sides of `fused` and of `eager`, which runs `layers` with relu after each. `fused` is given their weights."""
+    """Sides of `fused` and of `eager`, which runs `layers` with relu after each. `fused` is given their weights.
+
+    peers: more ways to run the layers forward, by name; taken in the mode FORWARD.
+    """
     parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
     with torch.no_grad():
         for ours, theirs in zip(fused.parameters(), parameters, strict=True):
@@ -42,18 +67,21 @@ def stack_sides(
     names = ("out", "grad_x", *(f"grad_{name}{i}" for i in range(len(layers)) for name in ("weight", "bias")))
     if case.mode == FORWARD:
         fused.eval()
-        return Sides(lambda: (fused(x),), lambda: (eager(x),), exact[:1], names[:1], torch.inference_mode)
+        with torch.inference_mode():
+            others = {name: peer(layers, x) for name, peer in peers.items()}
+        sides: dict[str, Side | str] = {EAGER: Side(lambda: (eager(x),)), **others}
+        return Sides(Side(lambda: (fused(x),)), sides, exact[:1], names[:1], torch.inference_mode)
     if case.mode == PARAMETERS:
         return Sides(
-            training_call(fused, x, [*fused.parameters()], grad_out),
-            training_call(eager, x, parameters, grad_out),
+            Side(training_call(fused, x, [*fused.parameters()], grad_out)),
+            {EAGER: Side(training_call(eager, x, parameters, grad_out))},
             exact[:1] + exact[2:],
             names[:1] + names[2:],
         )
     fused_x, eager_x = x.clone().requires_grad_(), x.clone().requires_grad_()
     return Sides(
-        training_call(fused, fused_x, [fused_x, *fused.parameters()], grad_out),
-        training_call(eager, eager_x, [eager_x, *parameters], grad_out),
+        Side(training_call(fused, fused_x, [fused_x, *fused.parameters()], grad_out)),
+        {EAGER: Side(training_call(eager, eager_x, [eager_x, *parameters], grad_out))},
         exact,
         names,
     )

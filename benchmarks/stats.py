@@ -48,6 +48,18 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
     return ordered[k - 1], ordered[n - k]
 
 
+def pooled_ratio(processes: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """The median of all processes' values, and an interval that also covers how processes differ.
+
+    Memory's layout is drawn anew in each process and may favour one side, which no number of rounds in one process
+    shows. So the interval is the sign test's of all values, widened to hold the median of each process.
+    """
+    pooled = [value for values in processes for value in values]
+    low, high = median_interval(pooled)
+    medians = [quartiles(values).median for values in processes]
+    return quartiles(pooled).median, min(low, *medians), max(high, *medians)
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     """The n-th root of the product of n positive values."""
     return math.exp(math.fsum(math.log(value) for value in values) / len(values))

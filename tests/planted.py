@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,22 +10,41 @@ import torch
 from torch import Tensor
 
 from benchmarks import dense, stacks
-from benchmarks.harness import Call, Case, Results, Sides
+from benchmarks.harness import Call, Case, Results, Side, Sides
 
 
 def dense_case(mode: str = stacks.EVERYTHING, dtype: torch.dtype = torch.float32) -> Case:
     M, N, K = 32, 24, 40
-    return Case(mode, {"M": M, "N": N, "K": K}, dtype, 1, stacks.stack_flops(M, (K, N), mode), dense.setup)
+    flops, moved = stacks.stack_flops(M, (K, N), mode), stacks.stack_bytes(M, (K, N), mode, dtype.itemsize)
+    return Case(mode, {"M": M, "N": N, "K": K}, dtype, 1, flops, moved, dense.setup)
 
 
-def with_sides(case: Case, **lies: Callable[[Call], Call]) -> Case:
-    """`case`, but with `lies[side](call)` for the call of that side."""
+def with_sides(
+    case: Case, ours: Callable[[Call], Call] | None = None, eager: Callable[[Call], Call] | None = None
+) -> Case:
+    """`case`, but with `ours(call)` and `eager(call)` for the calls of these sides."""
 
     def setup(case_: Case) -> Sides:
         sides = case.setup(case_)
-        return replace(sides, **{side: lie(getattr(sides, side)) for side, lie in lies.items()})
+        peers = dict(sides.peers)
+        if eager is not None:
+            peers[stacks.EAGER] = lying_side(peers[stacks.EAGER], eager)
+        return replace(sides, ours=sides.ours if ours is None else lying_side(sides.ours, ours), peers=peers)
 
     return replace(case, setup=setup)
+
+
+def lying_side(side: Side, lie: Callable[[Call], Call]) -> Side:
+    return replace(side, call=lie(side.call))
+
+
+def lying_setup(case: Case) -> Sides:
+    """Of a dense case whose first output is wrong, for another process."""
+    return with_sides(replace(case, setup=dense.setup), ours=tamper(0, add_at_first)).setup(case)
+
+
+def dying_setup(case: Case) -> Sides:
+    os._exit(1)
 
 
 def tamper(index: int, change: Callable[[Tensor], Tensor]) -> Callable[[Call], Call]:

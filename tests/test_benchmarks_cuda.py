@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,10 @@ from planted import add_at_first, dense_case, tamper, with_sides
 from recording import CpuRecorder
 
 import fastenc
-from benchmarks import cuda, dense, encoder, stacks, training
+from benchmarks import cuda, dense, encoder, fit, stacks
 from benchmarks.command import Options
-from benchmarks.harness import Case, find_error, run_case
-from benchmarks.machine import peak_name
-from benchmarks.report import gpu_lines
+from benchmarks.harness import EVERY, Side, Sides, find_errors, run_case
+from benchmarks.machine import product_key
 
 ROOT = Path(__file__).parents[1]
 GPU = torch.cuda.is_available()
@@ -89,13 +90,13 @@ def test_each_way_of_timing_is_a_case(module) -> None:
     cases = list(module.QUESTION.cases(OPTIONS))
     assert {(case.device, case.way) for case in cases} == {("cuda", way) for way in cuda.WAYS}
     assert len({case.name for case in cases}) == len(cases)
-    assert {peak_name(case) for case in cases} == {"float32, cuda", "bfloat16, cuda"}
+    assert {product_key(case) for case in cases} == {"float32, cuda", "bfloat16, cuda"}
     assert all(case.name.endswith(f"cuda, {case.way}") for case in cases)
 
 
 def test_training_is_compared_with_a_graph_too_and_timed_as_a_whole() -> None:
-    cases = list(training.QUESTION.cases(OPTIONS))
-    assert [case.mode for case in cases] == [*training.MODES, training.IN_GRAPH]
+    cases = list(fit.QUESTION.cases(OPTIONS))
+    assert [case.dtype for case in cases] == [*OPTIONS.dtypes]
     assert {case.way for case in cases} == {cuda.CALLS}
 
 
@@ -108,7 +109,7 @@ def recorders(monkeypatch) -> list[CpuRecorder]:
         made.append(CpuRecorder())
         return made[-1]
 
-    for module in (cuda, training):
+    for module in (cuda, fit):
         monkeypatch.setattr(module, "CudaRecorder", make)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with fastenc.use_backend("reference"):
@@ -116,15 +117,18 @@ def recorders(monkeypatch) -> list[CpuRecorder]:
 
 
 def test_the_loop_with_a_graph_is_right(recorders) -> None:
-    case = Case(training.IN_GRAPH, {"epochs": 1}, torch.float32, 1, 1, training.setup)
     torch.manual_seed(0)
-    sides = training.setup(case)
-    assert find_error(sides) is None
-    sides.eager()
-    assert [recorder.replayed for recorder in recorders] == [
-        training.ROWS // training.BATCH,
-        3 * training.CHECKED_EPOCHS,
-    ]
+    weights, x, exact = fit.draw_problem(100)
+
+    def train(make, call) -> tuple:
+        model = make(100)
+        return (*call(model, weights, x, fit.CHECKED_EPOCHS, fit.CHECKED_BATCH, nullcontext, shuffle=False)(), model(x))
+
+    eager = Side(partial(train, fit.make_eager, partial(fit.loop_call, adam={})))
+    names = ("loss", "loss", "output")
+    sides = Sides(Side(partial(train, fit.make_eager, fit.graph_call)), {"eager": eager}, exact, names)
+    assert not find_errors(sides)
+    assert [recorder.replayed for recorder in recorders] == [3 * fit.CHECKED_EPOCHS]
 
 
 @pytest.mark.parametrize("mode", [stacks.FORWARD, stacks.EVERYTHING])
@@ -132,18 +136,11 @@ def test_recorded_calls_give_what_calls_give(recorders, mode) -> None:
     torch.manual_seed(0)
     sides = dense.setup(dense_case(mode))
     with sides.context():
-        replayed = cuda.recorded(sides.fused)
-        expected = [result.clone() for result in sides.fused()]
+        replayed = cuda.recorded(sides.ours.call)
+        expected = [result.clone() for result in sides.ours.call()]
         actual = replayed()
     assert recorders[0].replayed == 1
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-
-
-def test_the_gpu_is_in_the_report() -> None:
-    assert gpu_lines({}) == gpu_lines({"gpu": None}) == []
-    lines = gpu_lines({"gpu": {"name": "Stand-in", "memory_gib": 1.5, "driver_version": "1.2"}})
-    assert lines[0] == "Stand-in: memory gib 1.5, driver version 1.2"
-    assert len(lines) == 1 + len(cuda.WAYS)
 
 
 def test_without_a_gpu_one_sentence() -> None:
@@ -155,14 +152,13 @@ def test_without_a_gpu_one_sentence() -> None:
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-@pytest.mark.parametrize(
-    "case", [*dense.QUESTION.cases(OPTIONS), *training.QUESTION.cases(OPTIONS)], ids=lambda c: c.name
-)
+@pytest.mark.parametrize("case", [*dense.QUESTION.cases(OPTIONS), *fit.QUESTION.cases(OPTIONS)], ids=lambda c: c.name)
 def test_on_a_gpu(case) -> None:
-    assert run_case(case, 0.0, seed=0).error is None
+    assert not run_case(case, 0.0, 1, seed=0).errors
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_a_wrong_answer_on_a_gpu_is_found() -> None:
     case = next(iter(dense.QUESTION.cases(OPTIONS)))
-    assert "out of fused is off" in run_case(with_sides(case, fused=tamper(0, add_at_first)), 0.0, seed=0).error
+    lying = with_sides(case, ours=tamper(0, add_at_first))
+    assert "out of ours is off" in run_case(lying, 0.0, 1, seed=0).errors[EVERY]

@@ -201,6 +201,23 @@ def test_bfloat16_under_autocast():
     check(*results)
 
 
+@pytest.mark.parametrize("loss", ["mse", "bce_with_logits"])
+def test_autocast_around_a_whole_fit(loss):
+    """Autocast keeps casts of the weights until its end: training must not go on with those of the first step."""
+    ends = []
+    for backend in ("auto", "reference"):
+        torch.manual_seed(13)
+        trainer = Trainer(AutoEncoder(Encoder(100)), loss=loss, lr=1e-3)
+        x = torch.rand(320, 100)
+        with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+            losses = trainer.fit(x, epochs=4, batch_size=32, shuffle=False).history["loss"]
+            assert trainer.evaluate(x)["loss"] < losses[-1] < losses[1] < losses[0]
+        if backend == "auto" and _C.multiplies_bfloat16():
+            assert "C++" in trainer.explain()
+        ends.append(losses[-1])
+    assert ends[0] == pytest.approx(ends[1], rel=0.01)  # rounding's part; with stale weights it is over 0.1
+
+
 def fitted(threads: int, epochs: int = 6, **options):
     torch.manual_seed(12)
     before = torch.get_num_threads()

@@ -141,6 +141,7 @@ class EngineSteps:
         self._call_steps = max(1, int(CALL_S / max(seconds, 1e-9)))
         for parameter in self._trained:
             increment_version(parameter)  # or autograd would take a graph of the old weights for a good one
+        torch.clear_autocast_cache()  # which holds casts of the old weights
         update.advance(taken)
         self._taken += taken
         self._whole += taken

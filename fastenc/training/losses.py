@@ -99,7 +99,9 @@ def fit_target(target: Tensor, output: Tensor, loss: str | LossFunction, name: s
             f"the model gives {list(wanted)} for a row and {name} has {list(target.shape[1:])}; "
             f"change the model's output or {name}"
         )
-    target = target.to(output.dtype)
+    # Under autocast the output alone is rounded: losses take it up to float32, and the target should have all digits.
+    rounded = torch.is_autocast_enabled(output.device.type) and output.dtype in (torch.bfloat16, torch.float16)
+    target = target.to(torch.float32 if rounded else output.dtype)
     if loss in ("bce", "bce_with_logits") and (found := _beyond_0_to_1(target)):
         raise DataError(f"{name} holds {found} and loss={loss!r} needs 0 to 1; scale {name}, or use another loss")
     if loss == "bce" and (found := _beyond_0_to_1(output.detach())):

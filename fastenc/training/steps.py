@@ -73,4 +73,5 @@ def take_step(
     value = loss(model(x), target)
     value.backward()
     update.apply(parameters)
+    torch.clear_autocast_cache()  # around a whole fit, autocast would go on with casts of the weights of before
     return value.detach()

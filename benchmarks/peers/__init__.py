@@ -1,0 +1,1 @@
+"""Others who do the same, each used as its own documentation would."""
