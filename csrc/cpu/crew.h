@@ -6,6 +6,11 @@
 #include <atomic>
 #include <cstdint>
 
+// A mistake that a test's build makes on purpose; see tests/native/planted.h.
+#ifndef PLANTED
+#define PLANTED(name) false
+#endif
+
 namespace fastenc {
 
 // Who has a task: the latest round in which it was claimed. Rounds are numbered from 1.

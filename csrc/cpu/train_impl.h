@@ -309,7 +309,7 @@ void Training<Op>::work_as(int64_t me) {
       run_phase(rows_done_, row_claims_.get(), rows_place, blocks, me * blocks / workers_,
                 [&](int64_t i) { rows_task(memory, chunk, i); });
       // Of a later chunk a worker that is late may know already; it ends there, as all do.
-      if (bad_chunk_.load() == chunk.number) {
+      if (bad_chunk_.load() == chunk.number && !PLANTED(NoStop)) {
         if (me == 0) finish_loss(chunk);
         return;
       }
@@ -329,12 +329,13 @@ void Training<Op>::run_phase(std::atomic<int64_t>& done, Claim* claims, Place& p
   for (int64_t k = 0; k < count; ++k) {
     const int64_t i = first + k < count ? first + k : first + k - count;
     int64_t seen = claims[i].round.load(std::memory_order_relaxed);
-    if (seen >= place.round || !claims[i].round.compare_exchange_strong(seen, place.round)) continue;
+    const bool taken = seen >= place.round || !claims[i].round.compare_exchange_strong(seen, place.round);
+    if (taken && !PLANTED(NoClaims)) continue;
     task(i);
     ++finished;
   }
   if (finished > 0) finish_tasks(done, finished, place.target);
-  wait_for_tasks(done, place.target);
+  if (!PLANTED(NoWait)) wait_for_tasks(done, place.target);
 }
 
 }  // namespace FASTENC_ISA

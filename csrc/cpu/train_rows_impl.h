@@ -5,7 +5,7 @@ namespace FASTENC_ISA {
 
 template <class Op>
 void Training<Op>::rows_task(const Worker& worker, const Chunk& chunk, int64_t block) {
-  const int64_t row = block * block_rows_, rows = std::min(block_rows_, chunk.rows - row);
+  const int64_t row = block * block_rows_, rows = std::min(block_rows_, chunk.rows - row + PLANTED(RowTooMany));
   gather(chunk, row, rows);
   for (int64_t l = 0; l < args_.depth; ++l) forward(worker, chunk, l, row, rows);
   take_loss(worker, chunk, row, rows);

@@ -98,8 +98,9 @@ void Training<Op>::weight_sums(const Chunk& chunk, const Strip& strip, int64_t c
                                int64_t ld_sums) {
   const Plan& plan = plans_.get()[strip.layer];
   const Op* transposed = transposed_.get() + plan.transposed + strip.row * ld_transposed();
-  for (int64_t row = 0; row < chunk.rows; row += kSumRows) {
-    const int64_t depth = packed_depth<Op>(std::min(kSumRows, chunk.rows - row));
+  const int64_t most = PLANTED(SumsByWorkers) ? kSumRows / workers_ / 2 * 2 : kSumRows;
+  for (int64_t row = 0; row < chunk.rows; row += most) {
+    const int64_t depth = packed_depth<Op>(std::min(most, chunk.rows - row));
     const Op* input = kFloat ? acts_.get() + plan.acts + row * plan.ld_in + col
                              : pairs_.get() + plan.acts + row * plan.ld_in + 2 * col;
     gemm(*runtime_, strip.rows, round_up(cols, kLanes), depth, /* lda */ ld_transposed(), /* ldb */ plan.ld_in, ld_sums,

@@ -106,7 +106,7 @@ inline void update_row(const Update& update, const Parameter& parameter, int64_t
   for (; i + kLanes <= count; i += kLanes)
     lanes(i, [](const float* src) { return load(src); }, [](Vec lane, float* dst) { store(lane, dst); });
   if (i == count) return;
-  const int64_t rest = count - i;
+  const int64_t rest = count - i + PLANTED(UpdateTooFar);
   lanes(
       i, [&](const float* src) { return load_part(src, rest); },
       [&](Vec lane, float* dst) { store_part(lane, dst, rest); });
