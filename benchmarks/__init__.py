@@ -1,5 +1,5 @@
 """fastenc against eager PyTorch and others: one file per question, all asked by `fastenc bench`."""
 
-from . import dense, encoder, fit
+from . import dense, encoder, fit, memory, scaling, step
 
-QUESTIONS = (dense.QUESTION, encoder.QUESTION, fit.QUESTION)
+QUESTIONS = tuple(module.QUESTION for module in (fit, step, encoder, dense, memory, scaling))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,10 +13,12 @@ from fastenc import Encoder
 
 from .command import Options, Question
 from .harness import Case, Sides
+from .peers import local
 from .stacks import EVERYTHING, FORWARD, PARAMETERS, stack_bytes, stack_flops, stack_sides
 
 WIDTHS = (784, 128, 64, 32, 16)
 BATCHES = (1, 32, 256, 4096, 65536)
+COMPILED_BATCHES = (32, 4096)  # compiling takes longer than measuring
 QUICK_BATCHES = (1, 32)
 
 
@@ -30,17 +33,20 @@ def cases(options: Options) -> Iterator[Case]:
             place.threads,
             stack_flops(M, WIDTHS, mode),
             stack_bytes(M, WIDTHS, mode, dtype.itemsize),
-            setup,
+            partial(setup, quick=options.quick),
             device=place.device,
             way=place.way,
         )
 
 
-def setup(case: Case) -> Sides:
+def setup(case: Case, quick: bool) -> Sides:
     layers = [nn.Linear(K, N, dtype=case.dtype) for K, N in itertools.pairwise(WIDTHS)]
     eager = nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))
     fused = Encoder(WIDTHS[0], WIDTHS[1:], activation="relu", dtype=case.dtype)
-    return stack_sides(case, case.sizes["batch"], fused, eager, layers)
+    peers = {"torch._addmm_activation": local.addmm_activation}
+    if not quick and case.sizes["batch"] in COMPILED_BATCHES:
+        peers |= {"torch.compile": local.compiled, "Inductor's fused linear": local.inductor_linear}
+    return stack_sides(case, case.sizes["batch"], fused, eager, layers, peers)
 
 
 QUESTION = Question(

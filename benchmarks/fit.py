@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,118 +17,185 @@ from fastenc import AutoEncoder, Encoder
 from fastenc.training import Trainer
 from fastenc.training.recorder import CudaRecorder
 
-from .command import Options, Question
+from .command import Options, Place, Question
 from .cuda import CALLS, WARM_UP
 from .harness import Call, Case, Results, Side, Sides
 from .peers import remote
 
+Widths = tuple[int, ...]  # the input's, then each layer's of the encoder
+Precision = Callable[[], AbstractContextManager]
+
 HIDDEN = (128, 64, 32, 16)
+MODE = "fit, autoencoder"
 LR = 1e-3
 CHECKED_EPOCHS, CHECKED_BATCH, CHECKED_ROWS = 2, 32, 3 * 32 + 8  # the last batch is short, as in what is timed
+ROUNDED_PROBLEMS = 16
 MARGIN = 1e-6  # some ten times float32's rounding error
-MODE = "fit, autoencoder"
 EAGER = {"eager, Adam": {}, "eager, Adam(fused=True)": {"fused": True}}
 COMPILED = {"torch.compile, Adam(fused=True)": "default", "torch.compile(max-autotune), the same": "max-autotune"}
 IN_GRAPH = "eager, Adam(fused=True), in a CUDA graph"
 # in, rows, batch, epochs of one call, which share what a fit costs beside its steps
 PROBLEMS = ((100, 1000, 32, 4), (784, 2560, 256, 2), (784, 16384, 4096, 1))
-Precision = Callable[[], AbstractContextManager]
 QUICK_PROBLEMS = ((100, 1000, 32, 1),)
 
 
 def cases(options: Options) -> Iterator[Case]:
     problems = QUICK_PROBLEMS if options.quick else PROBLEMS
-    for place, dtype, problem in itertools.product(options.places(), options.dtypes, problems):
-        if place.way != CALLS:  # a fit is more than kernels, and records its own graph
-            continue
-        width, rows, batch, epochs = problem
-        steps = epochs * -(-rows // batch)
-        per_step = epochs * rows / steps
-        yield Case(
-            MODE,
-            {"in": width, "rows": rows, "batch": batch, "epochs": epochs},
-            dtype,
-            place.threads,
-            step_flops(per_step, width),
-            step_bytes(per_step, width),
-            partial(setup, options=options),
-            steps,
-            device=place.device,
-        )
+    for place, dtype, (width, rows, batch, epochs) in itertools.product(options.places(), options.dtypes, problems):
+        if place.way == CALLS:  # a fit is more than kernels, and records its own graph
+            sizes = {"in": width, "rows": rows, "batch": batch, "epochs": epochs}
+            plan = Plan((width, *HIDDEN), rows, batch, epochs)
+            yield training_case(MODE, sizes, plan, dtype, place, partial(setup, plan=plan, options=options))
 
 
-def layer_sizes(width: int) -> list[tuple[int, int]]:
+@dataclass(frozen=True)
+class Plan:
+    """An autoencoder, and how it is trained."""
+
+    widths: Widths
+    rows: int
+    batch: int
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * -(-self.rows // self.batch)
+
+
+def training_case(
+    mode: str,
+    sizes: dict[str, int],
+    plan: Plan,
+    dtype: torch.dtype,
+    place: Place,
+    setup: Callable[[Case], Sides],
+) -> Case:
+    rows = plan.epochs * plan.rows / plan.steps
+    flops, moved = step_flops(rows, plan.widths), step_bytes(rows, plan.widths)
+    return Case(mode, sizes, dtype, place.threads, flops, moved, setup, plan.steps, device=place.device, way=place.way)
+
+
+def layer_sizes(widths: Widths) -> list[tuple[int, int]]:
     """(in, out) of each layer of the autoencoder."""
-    return list(itertools.pairwise((width, *HIDDEN, *HIDDEN[-2::-1], width)))
+    return list(itertools.pairwise((*widths, *widths[-2::-1])))
 
 
-def step_flops(rows: float, width: int) -> int:
+def step_flops(rows: float, widths: Widths) -> int:
     """Products of a step of `rows` rows: forward, grad_weight, and a grad_x for each layer but the first."""
-    return round(2 * rows * (3 * sum(K * N for K, N in layer_sizes(width)) - width * HIDDEN[0]))
+    return round(2 * rows * (3 * sum(K * N for K, N in layer_sizes(widths)) - widths[0] * widths[1]))
 
 
-def step_bytes(rows: float, width: int) -> int:
+def step_bytes(rows: float, widths: Widths) -> int:
     """The rows, and each parameter with Adam's two moments read and written, in float32."""
-    parameters = sum(K * N + N for K, N in layer_sizes(width))
-    return round(4 * (rows * width + 6 * parameters))
+    parameters = sum(K * N + N for K, N in layer_sizes(widths))
+    return round(4 * (rows * widths[0] + 6 * parameters))
 
 
-def setup(case: Case, options: Options) -> Sides:
-    """Timed: fit as a user calls it. Checked: a short one from fresh weights, whose batches are the same on all sides.
+def setup(case: Case, plan: Plan, options: Options) -> Sides:
+    """Trainer.fit as a user calls it, against loops and other frameworks' fit."""
+    problem = Problem(case, plan)
+    peers: dict[str, Side | str] = {
+        name: problem.side(make_eager, loop_call, adam=adam) for name, adam in EAGER.items()
+    }
+    if case.device == "cuda":
+        peers[IN_GRAPH] = problem.side(make_eager, graph_call)
+    if case.dtype == torch.float32 and not options.quick:
+        for name, mode in COMPILED.items():
+            peers[name] = problem.side(make_eager, loop_call, adam={"fused": True}, mode=mode)
+    if case.dtype == torch.float32 and case.device == "cpu":
+        task = remote.Task(
+            problem.drawn[0].weights,
+            problem.data,
+            problem.drawn[0].x,
+            plan.epochs,
+            plan.batch,
+            CHECKED_EPOCHS,
+            CHECKED_BATCH,
+            LR,
+            case.threads,
+        )
+        peers |= remote.sides(options.peers, task)
+    return problem.sides(problem.side(make_fused, fused_call), peers)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """First weights, rows to check the training on, and what training gives in float64: losses and output."""
+
+    weights: list[Tensor]
+    x: Tensor
+    exact: Results
+
+
+class Problem:
+    """What all sides train. Timed: epochs over `data`. Checked: short trainings from fresh weights in a fixed order.
 
     What is checked is the loss of each epoch and, after the last, the output on the rows. bfloat16 is training of
-    float32 weights under autocast.
+    float32 weights under autocast, and of several runs the outputs alone are checked: a loss, being one number, may
+    be right by luck.
     """
-    width, batch, epochs = (case.sizes[name] for name in ("in", "batch", "epochs"))
-    weights, x, exact = draw_problem(width)
-    data = torch.rand(case.sizes["rows"], width)
-    low = case.dtype != torch.float32
-    precision = partial(torch.autocast, case.device, case.dtype) if low else nullcontext
 
-    def side(make: Callable[[int], nn.Module], call: Callable[..., Call], **chosen: Any) -> Side:
+    def __init__(self, case: Case, plan: Plan, data: Tensor | None = None) -> None:
+        self.plan = plan
+        self.rounded = case.dtype != torch.float32
+        self.precision: Precision = partial(torch.autocast, case.device, case.dtype) if self.rounded else nullcontext
+        self.drawn = [draw_problem(plan.widths) for _ in range(ROUNDED_PROBLEMS if self.rounded else 1)]
+        self.data = torch.rand(plan.rows, plan.widths[0]) if data is None else data
+
+    def side(self, make: Callable[[Widths], nn.Module], call: Callable[..., Call], **chosen: Any) -> Side:
         def verify() -> Results:
-            model = make(width)
-            losses = call(model, weights, x, CHECKED_EPOCHS, CHECKED_BATCH, precision, shuffle=False, **chosen)()
-            return (*losses, model(x).detach())
+            losses, outputs = [], []
+            for drawn in self.drawn:
+                model = make(self.plan.widths)
+                train = call(
+                    model,
+                    drawn.weights,
+                    drawn.x,
+                    CHECKED_EPOCHS,
+                    CHECKED_BATCH,
+                    self.precision,
+                    shuffle=False,
+                    **chosen,
+                )
+                losses += train()
+                outputs.append(model(drawn.x).detach())
+            return tuple(outputs) if self.rounded else (*losses, *outputs)
 
-        return Side(call(make(width), weights, data, epochs, batch, precision, shuffle=True, **chosen), verify)
+        timed = call(
+            make(self.plan.widths),
+            self.drawn[0].weights,
+            self.data,
+            self.plan.epochs,
+            self.plan.batch,
+            self.precision,
+            shuffle=True,
+            **chosen,
+        )
+        return Side(timed, verify)
 
-    peers: dict[str, Side | str] = {name: side(make_eager, loop_call, adam=adam) for name, adam in EAGER.items()}
-    if case.device == "cuda":
-        peers[IN_GRAPH] = side(make_eager, graph_call)
-    if not low and not options.quick:
-        for name, mode in COMPILED.items():
-            peers[name] = side(make_eager, loop_call, adam={"fused": True}, mode=mode)
-    if not low and case.device == "cpu":
-        problem = remote.Problem(weights, data, x, epochs, batch, CHECKED_EPOCHS, CHECKED_BATCH, LR, case.threads)
-        peers |= remote.sides(options.peers, problem)
-    names = (*(f"loss of epoch {epoch + 1}" for epoch in range(CHECKED_EPOCHS)), "output")
-    return Sides(
-        side(make_fused, fused_call),
-        peers,
-        exact,
-        names,
-        rounded=low,
-    )
+    def sides(self, ours: Side, peers: dict[str, Side | str]) -> Sides:
+        if self.rounded:
+            outputs = tuple(drawn.exact[-1] for drawn in self.drawn)
+            return Sides(ours, peers, outputs, ("output",) * len(outputs), rounded=True)
+        losses = (f"loss of epoch {epoch + 1}" for epoch in range(CHECKED_EPOCHS))
+        return Sides(ours, peers, self.drawn[0].exact, (*losses, "output"))
 
 
-def draw_problem(width: int) -> tuple[list[Tensor], Tensor, Results]:
-    """First weights, rows to check the training on, and what training gives in float64.
-
-    Drawn again while that run meets a value so near to zero before a relu that rounding decides which way a gradient
+def draw_problem(widths: Widths) -> Drawn:
+    """Drawn again while training meets a value so near to zero before a relu that rounding decides which way a gradient
     goes: from there two right answers part.
     """
     while True:
-        weights = [parameter.detach().clone() for parameter in make_eager(width).parameters()]
-        x = torch.rand(CHECKED_ROWS, width)
-        exact, nearest = train_exactly(weights, x)
+        weights = [parameter.detach().clone() for parameter in make_eager(widths).parameters()]
+        x = torch.rand(CHECKED_ROWS, widths[0])
+        exact, nearest = train_exactly(widths, weights, x)
         if nearest > MARGIN:
-            return weights, x, exact
+            return Drawn(weights, x, exact)
 
 
-def train_exactly(weights: list[Tensor], x: Tensor) -> tuple[Results, float]:
+def train_exactly(widths: Widths, weights: list[Tensor], x: Tensor) -> tuple[Results, float]:
     """What the check compares, in float64, and the value before a relu that is nearest to 0, in the layer's largest."""
-    model = make_eager(x.shape[1]).double()
+    model = make_eager(widths).double()
     nearest: list[float] = []
 
     def note(_module: nn.Module, _x: tuple, preact: Tensor) -> None:
@@ -135,18 +203,19 @@ def train_exactly(weights: list[Tensor], x: Tensor) -> tuple[Results, float]:
         nearest.append((size.min() / size.max()).item())
 
     hooks = [layer.register_forward_hook(note) for layer in model[:-1:2]]
-    losses = loop_call(model, weights, x.double(), CHECKED_EPOCHS, CHECKED_BATCH, nullcontext, shuffle=False, adam={})()
+    run = loop_call(model, weights, x.double(), CHECKED_EPOCHS, CHECKED_BATCH, nullcontext, shuffle=False, adam={})
+    losses = run()
     for hook in hooks:
         hook.remove()
     return (*losses, model(x.double()).detach()), min(nearest)
 
 
-def make_fused(width: int) -> nn.Module:
-    return AutoEncoder(Encoder(width, HIDDEN))
+def make_fused(widths: Widths) -> nn.Module:
+    return AutoEncoder(Encoder(widths[0], widths[1:]))
 
 
-def make_eager(width: int) -> nn.Module:
-    layers = [nn.Linear(K, N) for K, N in layer_sizes(width)]
+def make_eager(widths: Widths) -> nn.Module:
+    layers = [nn.Linear(K, N) for K, N in layer_sizes(widths)]
     modules = [module for layer in layers for module in (layer, nn.ReLU())]
     return nn.Sequential(*modules[:-1])
 

@@ -42,7 +42,7 @@ def stack_bytes(M: int, widths: Sequence[int], mode: str, itemsize: int) -> int:
     return moved * itemsize
 
 
-Peer = Callable[[Sequence[nn.Linear], Tensor], Side | str]
+Peer = Callable[[Sequence[nn.Linear], Tensor], "Side | str"]
 
 
 def stack_sides(

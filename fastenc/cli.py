@@ -1,4 +1,4 @@
-"""The command line: `fastenc train | encode | evaluate | tune | info`, also as `python -m fastenc`.
+"""The command line: `fastenc train | encode | evaluate | tune | info | bench`, also as `python -m fastenc`.
 
 Exit codes: 0 done; 2 bad input, with one sentence that names it and the cure; 130 Ctrl-C; 1 an error of fastenc's own,
 or a machine that cannot do it.
@@ -319,6 +319,17 @@ def info(
     if clear_cache:
         typer.echo(f"removed {clear_tuning()}")
     typer.echo(describe())
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def bench(ctx: typer.Context) -> None:
+    """Measure fastenc against eager PyTorch and others on this machine, or compare two measurements; bench --help."""
+    from .benchmarks.__main__ import main as measure_all  # loads compilers and plots, which the other commands need not
+
+    raise typer.Exit(measure_all(ctx.args, "fastenc bench"))
 
 
 def report_rows(prepared: Prepared) -> None:

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed;
 
 from planted import add_at_first, dense_case, nan_at_last, tamper, with_sides, zero_last_row
 
-from benchmarks import dense, encoder, fit, stacks, stats
+from benchmarks import dense, fit, stacks, stats
 from benchmarks.command import Options
 from benchmarks.harness import (
     EVERY,
@@ -328,7 +328,7 @@ def test_flops_are_those_of_the_needed_products() -> None:
     assert stacks.stack_flops(2, (3, 5), stacks.EVERYTHING) == 180
     assert stacks.stack_flops(1, (3, 5, 7), stacks.PARAMETERS) == 30 + 70 + 30 + 70 + 70
     encoder_products = 100 * 128 + 128 * 64 + 64 * 32 + 32 * 16
-    assert fit.step_flops(32, 100) == 2 * 32 * (6 * encoder_products - 100 * 128)
+    assert fit.step_flops(32, (100, *fit.HIDDEN)) == 2 * 32 * (6 * encoder_products - 100 * 128)
 
 
 def test_bytes_are_the_least_that_is_moved() -> None:
@@ -339,11 +339,14 @@ def test_bytes_are_the_least_that_is_moved() -> None:
 
 def test_the_full_grids() -> None:
     options = Options(threads=(1, 2), dtypes=(torch.float32, torch.bfloat16), quick=False, seed=0)
-    grids = {module.QUESTION.name: list(module.QUESTION.cases(options)) for module in (dense, encoder, fit)}
+    grids = {question.name: list(question.cases(options)) for question in QUESTIONS}
     assert {name: len(cases) for name, cases in grids.items()} == {
         "dense": 2 * 2 * 2 * 64,
         "encoder": 60,
         "fit": 2 * 2 * 3,
+        "step": 2 * 2 * 2 * 4,
+        "memory": 2 * 2 + 1,
+        "scaling": 2 * (6 + 6 + 7 + 6) + 2 + 4,
     }
     for cases in grids.values():
         assert len({case.name for case in cases}) == len(cases)

@@ -118,15 +118,19 @@ def recorders(monkeypatch) -> list[CpuRecorder]:
 
 def test_the_loop_with_a_graph_is_right(recorders) -> None:
     torch.manual_seed(0)
-    weights, x, exact = fit.draw_problem(100)
+    widths = (100, *fit.HIDDEN)
+    drawn = fit.draw_problem(widths)
 
     def train(make, call) -> tuple:
-        model = make(100)
-        return (*call(model, weights, x, fit.CHECKED_EPOCHS, fit.CHECKED_BATCH, nullcontext, shuffle=False)(), model(x))
+        model, x = make(widths), drawn.x
+        return (
+            *call(model, drawn.weights, x, fit.CHECKED_EPOCHS, fit.CHECKED_BATCH, nullcontext, shuffle=False)(),
+            model(x),
+        )
 
     eager = Side(partial(train, fit.make_eager, partial(fit.loop_call, adam={})))
     names = ("loss", "loss", "output")
-    sides = Sides(Side(partial(train, fit.make_eager, fit.graph_call)), {"eager": eager}, exact, names)
+    sides = Sides(Side(partial(train, fit.make_eager, fit.graph_call)), {"eager": eager}, drawn.exact, names)
     assert not find_errors(sides)
     assert [recorder.replayed for recorder in recorders] == [3 * fit.CHECKED_EPOCHS]
 

@@ -31,7 +31,7 @@ START_S = 120.0  # that a framework may take to start, compile and check
 
 
 @dataclass(frozen=True)
-class Problem:
+class Task:
     """An autoencoder to train by Adam and mse: first weights, rows to time and rows to check, all float32."""
 
     weights: list[Tensor]
@@ -49,15 +49,15 @@ class PeerError(RuntimeError):
     """A peer that cannot be measured, in one sentence."""
 
 
-def sides(environment: Path | None, problem: Problem) -> dict[str, Side | str]:
+def sides(environment: Path | None, task: Task) -> dict[str, Side | str]:
     """A side for each of PEERS, or why there is none."""
     if environment is None:
         return {name: f"{name} {CURE}" for name in PEERS}
-    return {name: start(environment, name, problem) for name in PEERS}
+    return {name: start(environment, name, task) for name in PEERS}
 
 
-def start(environment: Path, name: str, problem: Problem) -> Side | str:
-    worker = Worker(environment, PEERS[name], problem)
+def start(environment: Path, name: str, task: Task) -> Side | str:
+    worker = Worker(environment, PEERS[name], task)
     try:
         answer = worker.ask("hello")
     except PeerError as error:
@@ -72,16 +72,14 @@ def start(environment: Path, name: str, problem: Problem) -> Side | str:
 class Worker:
     """The process of one peer. It answers each line of JSON with one, and waits in between without computing."""
 
-    def __init__(self, environment: Path, kind: str, problem: Problem) -> None:
+    def __init__(self, environment: Path, kind: str, task: Task) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        weights = {f"weight{i}": tensor.cpu().numpy() for i, tensor in enumerate(problem.weights)}
-        arrays = {**weights, "data": problem.data.numpy(), "checked": problem.checked.numpy()}
-        np.savez(Path(self.folder.name) / "problem.npz", **arrays)
+        weights = {f"weight{i}": tensor.cpu().numpy() for i, tensor in enumerate(task.weights)}
+        arrays = {**weights, "data": task.data.numpy(), "checked": task.checked.numpy()}
+        np.savez(Path(self.folder.name) / "task.npz", **arrays)
         numbers = ("epochs", "batch", "checked_epochs", "checked_batch", "lr", "threads")
-        (Path(self.folder.name) / "problem.json").write_text(
-            json.dumps({name: getattr(problem, name) for name in numbers})
-        )
-        threads = str(problem.threads)
+        (Path(self.folder.name) / "task.json").write_text(json.dumps({name: getattr(task, name) for name in numbers}))
+        threads = str(task.threads)
         environ = os.environ | {
             "OMP_NUM_THREADS": threads,
             "OMP_WAIT_POLICY": "passive",  # or its threads would spin while another side is timed
@@ -90,9 +88,9 @@ class Worker:
             "TF_CPP_MIN_LOG_LEVEL": "3",
         }
         command = [str(environment / "bin" / "python"), str(WORKER), kind, self.folder.name]
-        if hasattr(os, "sched_getaffinity") and problem.threads < len(os.sched_getaffinity(0)):
+        if hasattr(os, "sched_getaffinity") and task.threads < len(os.sched_getaffinity(0)):
             # JAX has no setting for its number of threads: it takes the processors that it is given.
-            allowed = sorted(os.sched_getaffinity(0))[: problem.threads]
+            allowed = sorted(os.sched_getaffinity(0))[: task.threads]
             command = ["taskset", "-c", ",".join(map(str, allowed)), *command]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ

@@ -1,0 +1,132 @@
+"""How much memory does a fit take, and inference, beside eager PyTorch?"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastenc import Encoder
+
+from .command import Options, Place, Question
+from .cuda import CALLS
+from .fit import EAGER, HIDDEN, Plan, Problem, fused_call, loop_call, make_eager, make_fused, training_case
+from .harness import Case, Outcome, Samples, Side, Sides, describe_error, find_errors, threads
+from .stacks import FORWARD, stack_bytes, stack_flops, stack_sides
+
+TRAINING, INFERENCE = "fit, autoencoder", "encoder 784-128-64-32-16, forward, inference"
+BATCHES, ROWS = (256, 4096), 16384
+INFERENCE_ROWS = 65536
+QUICK_ROWS = 512
+WIDTHS = (784, *HIDDEN)
+MIB = 2**20
+
+
+def cases(options: Options) -> Iterator[Case]:
+    place = next(place for place in list(options.places())[::-1] if place.way == CALLS)  # all threads
+    batches, rows = (BATCHES[:1], QUICK_ROWS) if options.quick else (BATCHES, ROWS)
+    for dtype, batch in itertools.product(options.dtypes, batches):
+        plan = Plan(WIDTHS, rows, batch, 1)
+        sizes = {"rows": rows, "batch": batch}
+        yield training_case(TRAINING, sizes, plan, dtype, place, partial(train, plan=plan))
+    if torch.float32 in options.dtypes:
+        yield inference_case(place, QUICK_ROWS if options.quick else INFERENCE_ROWS)
+
+
+def inference_case(place: Place, rows: int) -> Case:
+    flops, moved = stack_flops(rows, WIDTHS, FORWARD), stack_bytes(rows, WIDTHS, FORWARD, 4)
+    sizes = {"rows": rows, "batch": rows}
+    return Case(INFERENCE, sizes, torch.float32, place.threads, flops, moved, infer, device=place.device, way=place.way)
+
+
+def train(case: Case, plan: Plan) -> Sides:
+    problem = Problem(case, plan)
+    peers: dict[str, Side | str] = {
+        name: problem.side(make_eager, loop_call, adam=adam) for name, adam in EAGER.items()
+    }
+    return problem.sides(problem.side(make_fused, fused_call), peers)
+
+
+def infer(case: Case) -> Sides:
+    layers = [nn.Linear(K, N) for K, N in itertools.pairwise(WIDTHS)]
+    eager = nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))
+    return stack_sides(case, case.sizes["rows"], Encoder(WIDTHS[0], HIDDEN, activation="relu"), eager, layers)
+
+
+def measure(case: Case, _budget_s: float, rounds: int, seed: int) -> Outcome:
+    """MiB that a call takes at its peak beside what there was before, each side of a round in a process of its own."""
+    try:
+        sides = set_up(case, seed)
+        with sides.context(), threads(case.threads):
+            errors = find_errors(sides, case.device)
+        if errors:
+            return Outcome(errors=errors)
+        taken = {name: [in_fresh_process(case, seed + i, name) for i in range(rounds)] for name in (None, *sides.peers)}
+    except Exception as error:  # as run_case has it
+        return Outcome(errors={name: describe_error(error) for name in EAGER})
+    ours = taken.pop(None)
+    return Outcome(
+        {
+            name: Samples(ours, values, [theirs / own for theirs, own in zip(values, ours, strict=True)])
+            for name, values in taken.items()
+            if name is not None
+        }
+    )
+
+
+def set_up(case: Case, seed: int) -> Sides:
+    torch.manual_seed(seed)
+    with torch.device(case.device):
+        return case.setup(case)
+
+
+def in_fresh_process(case: Case, seed: int, peer: str | None) -> float:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_of_call, case, seed, peer).result()
+
+
+def peak_of_call(case: Case, seed: int, peer: str | None) -> float:
+    """MiB of the call of `peer`, or of ours: what it holds at its peak that was not held before.
+
+    What is loaded once, libraries and pools of threads, is there already: the check has run.
+    """
+    sides = set_up(case, seed)
+    side = sides.ours if peer is None else sides.present()[peer]
+    with sides.context(), threads(case.threads):
+        side.results()
+        if case.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            side.call()
+            return (torch.cuda.max_memory_allocated() - before) / MIB
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or freed memory would be taken again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = resident("VmRSS")
+        side.call()
+        return max(resident("VmHWM") - before, 4096) / MIB  # a page at least, to divide by
+
+
+def resident(name: str) -> int:
+    """Bytes, as Linux tells them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+QUESTION = Question(
+    name="memory",
+    title="Memory that a call takes beside its model and data, MiB at the peak",
+    cases=cases,
+    dtypes=(torch.float32, torch.bfloat16),
+    budget_s=0.0,
+    unit="MiB",
+    measure=measure,
+)
