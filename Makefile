@@ -6,6 +6,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch>=2.13
+PEERS_VENV ?= .venv-peers
 ARGS ?=
 
 ENV_PYTHON := $(VENV)/bin/python
@@ -16,7 +17,7 @@ TORCH_STAMP := $(VENV)/stamp-$(subst /,_,$(subst $() ,_,$(TORCH)))
 CXX_FILES := $(sort $(foreach end,h cpp cuh cu,$(wildcard csrc/*.$(end) csrc/*/*.$(end))))
 FORMATTED := $(CXX_FILES) $(wildcard tests/native/*.cpp tests/native/*.h)
 
-.PHONY: help demo test test-full test-smoke bench gpu gpu-there resources lint format clean
+.PHONY: help demo test test-full test-smoke bench bench-peers gpu gpu-there resources lint format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,7 +25,8 @@ help:
 	@echo "make test         run the tests; some of them: make test ARGS='tests/test_modules.py -k bias'"
 	@echo "make test-full    the same and the longest sweeps under sanitizers"
 	@echo "make test-smoke   run the few tests that tell whether an installation works"
-	@echo "make bench        compare with eager PyTorch: tens of minutes; a look: make bench ARGS=--quick"
+	@echo "make bench        compare with eager PyTorch and others: about an hour; a look: make bench ARGS=--quick"
+	@echo "make bench-peers  install JAX, Keras and scikit-learn into $(PEERS_VENV), for make bench to compare with"
 	@echo "make gpu          on a machine with a GPU: tests, benchmark, compute-sanitizer; the report goes to out/gpu"
 	@echo "make resources    compile the GPU kernels for every GPU and write down what they need: tests/gpu/*resources.json"
 	@echo "make lint         ruff, clang-format, mypy"
@@ -49,6 +51,14 @@ test-smoke: $(BUILD)/built $(VENV)/stamp-test
 
 bench: $(BUILD)/built
 	$(ENV_PYTHON) -m benchmarks $(ARGS)
+
+bench-peers: $(PEERS_VENV)/stamp-peers
+
+$(PEERS_VENV)/stamp-peers: benchmarks/peers/requirements.txt | $(ENV_PYTHON)
+	@echo "fastenc: installing JAX, Keras on TensorFlow and on torch, and scikit-learn into $(PEERS_VENV): some GB of disk"
+	@"$(PYTHON)" -m venv "$(PEERS_VENV)"
+	@$(PEERS_VENV)/bin/python -m pip --disable-pip-version-check --quiet install "$(TORCH)" -r benchmarks/peers/requirements.txt
+	@touch "$@"
 
 gpu: gpu-there $(BUILD)/built $(VENV)/stamp-test
 	$(ENV_PYTHON) tests/gpu/on_gpu.py $(ARGS)

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed;
 
 from planted import add_at_first, dense_case, nan_at_last, tamper, with_sides, zero_last_row
 
-from benchmarks import dense, fit, stacks, stats
+from benchmarks import QUESTIONS, dense, fit, stacks, stats
 from benchmarks.command import Options
 from benchmarks.harness import (
     EVERY,

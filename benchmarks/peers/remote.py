@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ PEERS = {
     "scikit-learn MLPRegressor": "sklearn",
 }
 CURE = "is not installed here; run: make bench-peers"
-START_S = 120.0  # that a framework may take to start, compile and check
+LIMIT_S = 300.0  # that a peer may take for an answer, compiling included
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ class Worker:
         try:
             self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
             self.process.stdin.flush()
+            if not select.select([self.process.stdout], [], [], LIMIT_S)[0]:
+                self.process.kill()
+                raise PeerError(f"it gave no answer within {LIMIT_S:.0f} seconds")
             line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
