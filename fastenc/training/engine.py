@@ -82,7 +82,7 @@ class EngineSteps:
         order = torch.arange(len(rows)) if order is None else order.contiguous()
         batches = order.split(batch_size)
         counts = torch.tensor([len(batch) for batch in batches])
-        losses = torch.zeros(len(batches), dtype=torch.float64)
+        losses = torch.full((len(batches),), torch.nan, dtype=torch.float64)
         seed = int(torch.randint(2**62, ())) if self._drops else 0
         done = 0
         while done < len(batches):
@@ -124,27 +124,29 @@ class EngineSteps:
         for parameter in self._trained:
             parameter.grad = self._gradients.get(parameter)
         start = time.perf_counter()
-        taken = self._engine.run(
-            x=x.data_ptr(),
-            x_stride=x.stride(0),
-            target=0 if labels else target.data_ptr(),
-            target_stride=target.stride(0),
-            labels=target.data_ptr() if labels else 0,
-            order=part.data_ptr(),
-            rows=len(part),
-            rates=rates.data_ptr(),
-            seed=seed,
-            first_step=done,
-            losses=losses[done:].data_ptr(),
-        )
+        try:
+            self._engine.run(
+                x=x.data_ptr(),
+                x_stride=x.stride(0),
+                target=0 if labels else target.data_ptr(),
+                target_stride=target.stride(0),
+                labels=target.data_ptr() if labels else 0,
+                order=part.data_ptr(),
+                rows=len(part),
+                rates=rates.data_ptr(),
+                seed=seed,
+                first_step=done,
+                losses=losses[done:].data_ptr(),
+            )
+        finally:  # Ctrl-C is raised where the call returns, and its result is lost: the losses tell how far it came
+            taken = int(losses[done : done + count].isfinite().cumprod(0).sum())
+            update.advance(taken)
+            for parameter in self._trained:
+                increment_version(parameter)  # or autograd would take a graph of the old weights for a good one
+            self._taken += taken
+            self._whole += taken
         seconds = (time.perf_counter() - start) / count
         self._call_steps = max(1, int(CALL_S / max(seconds, 1e-9)))
-        for parameter in self._trained:
-            increment_version(parameter)  # or autograd would take a graph of the old weights for a good one
-        torch.clear_autocast_cache()  # which holds casts of the old weights
-        update.advance(taken)
-        self._taken += taken
-        self._whole += taken
         return taken
 
     def _look(self, model: nn.Module, loss: LossFunction, update: Update, leaves_gradients: bool) -> None:
