@@ -31,7 +31,10 @@ LR = 1e-3
 CHECKED_EPOCHS, CHECKED_BATCH, CHECKED_ROWS = 2, 32, 3 * 32 + 8  # the last batch is short, as in what is timed
 ROUNDED_PROBLEMS = 16
 MARGIN = 1e-6  # some ten times float32's rounding error
-EAGER = {"eager, Adam": {}, "eager, Adam(fused=True)": {"fused": True}}
+EAGER: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "eager, Adam": torch.optim.Adam,
+    "eager, Adam(fused=True)": partial(torch.optim.Adam, fused=True),
+}
 COMPILED = {"torch.compile, Adam(fused=True)": "default", "torch.compile(max-autotune), the same": "max-autotune"}
 IN_GRAPH = "eager, Adam(fused=True), in a CUDA graph"
 # in, rows, batch, epochs of one call, which share what a fit costs beside its steps
@@ -101,7 +104,7 @@ def setup(case: Case, plan: Plan, options: Options) -> Sides:
         peers[IN_GRAPH] = problem.side(make_eager, graph_call)
     if case.dtype == torch.float32 and not options.quick:
         for name, mode in COMPILED.items():
-            peers[name] = problem.side(make_eager, loop_call, adam={"fused": True}, mode=mode)
+            peers[name] = problem.side(make_eager, loop_call, adam=EAGER["eager, Adam(fused=True)"], mode=mode)
     if case.dtype == torch.float32 and case.device == "cpu":
         task = remote.Task(
             problem.drawn[0].weights,
@@ -113,6 +116,7 @@ def setup(case: Case, plan: Plan, options: Options) -> Sides:
             CHECKED_BATCH,
             LR,
             case.threads,
+            train_exactly(plan.widths, problem.drawn[0].weights, problem.drawn[0].x, EpsilonFirst)[0],
         )
         peers |= remote.sides(options.peers, task)
     return problem.sides(problem.side(make_fused, fused_call), peers)
@@ -193,7 +197,19 @@ def draw_problem(widths: Widths) -> Drawn:
             return Drawn(weights, x, exact)
 
 
-def train_exactly(widths: Widths, weights: list[Tensor], x: Tensor) -> tuple[Results, float]:
+class EpsilonFirst(torch.optim.Adam):
+    """Adam as Keras and scikit-learn have it: epsilon is added to sqrt(v) before that is corrected."""
+
+    def step(self, closure: Any = None) -> Any:
+        (group,) = self.param_groups
+        taken = next((int(state["step"]) for state in self.state.values()), 0)
+        group["eps"] = 1e-8 / (1 - group["betas"][1] ** (taken + 1)) ** 0.5
+        return super().step(closure)
+
+
+def train_exactly(
+    widths: Widths, weights: list[Tensor], x: Tensor, optimizer: type[torch.optim.Adam] = torch.optim.Adam
+) -> tuple[Results, float]:
     """What the check compares, in float64, and the value before a relu that is nearest to 0, in the layer's largest."""
     model = make_eager(widths).double()
     nearest: list[float] = []
@@ -203,7 +219,9 @@ def train_exactly(widths: Widths, weights: list[Tensor], x: Tensor) -> tuple[Res
         nearest.append((size.min() / size.max()).item())
 
     hooks = [layer.register_forward_hook(note) for layer in model[:-1:2]]
-    run = loop_call(model, weights, x.double(), CHECKED_EPOCHS, CHECKED_BATCH, nullcontext, shuffle=False, adam={})
+    run = loop_call(
+        model, weights, x.double(), CHECKED_EPOCHS, CHECKED_BATCH, nullcontext, shuffle=False, adam=optimizer
+    )
     losses = run()
     for hook in hooks:
         hook.remove()
@@ -249,12 +267,12 @@ def loop_call(
     precision: Precision,
     *,
     shuffle: bool,
-    adam: dict[str, bool],
+    adam: Callable[..., torch.optim.Optimizer],
     mode: str | None = None,
 ) -> Call:
     """The loop that PyTorch's tutorials have. mode: of torch.compile, which then compiles the model."""
     set_weights(model, weights)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LR, **adam)
+    optimizer = adam(model.parameters(), lr=LR)
     forward = model if mode is None else torch.compile(model, mode=mode)
 
     def call() -> Results:

@@ -37,7 +37,7 @@ def setup(case: Case, plan: Plan) -> Sides:
     }
     if case.mode == TRAINER:
         return problem.sides(problem.side(make_fused, fused_call), peers)
-    return problem.sides(problem.side(make_fused, loop_call, adam={"fused": True}), peers)
+    return problem.sides(problem.side(make_fused, loop_call, adam=EAGER["eager, Adam(fused=True)"]), peers)
 
 
 QUESTION = Question(

@@ -128,7 +128,7 @@ def test_the_loop_with_a_graph_is_right(recorders) -> None:
             model(x),
         )
 
-    eager = Side(partial(train, fit.make_eager, partial(fit.loop_call, adam={})))
+    eager = Side(partial(train, fit.make_eager, partial(fit.loop_call, adam=torch.optim.Adam)))
     names = ("loss", "loss", "output")
     sides = Sides(Side(partial(train, fit.make_eager, fit.graph_call)), {"eager": eager}, drawn.exact, names)
     assert not find_errors(sides)

@@ -54,7 +54,7 @@ def packages() -> dict[str, Path]:
 
 
 def test_every_package_is_listed():
-    folders = {path.parent for top in ("fastenc", "kernels") for path in (ROOT / top).rglob("*.py")}
+    folders = {path.parent for top in ("benchmarks", "fastenc", "kernels") for path in (ROOT / top).rglob("*.py")}
     assert set(packages().values()) == folders
     assert all((folder / "__init__.py").exists() for folder in folders)
     assert not (ROOT / "kernels" / "__init__.py").exists()  # it would hide Hugging Face's package of that name
@@ -70,12 +70,13 @@ def test_sdist_holds_what_builds_and_tests_it(dist):
         assert files, pattern
         assert files <= names
     assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "CHANGELOG.md", "fastenc/py.typed"} <= names
+    assert "benchmarks/peers/requirements.txt" in names
     assert not [name for name in names if name.endswith((".so", ".o"))]
 
 
 def test_wheel_holds_the_packages_and_the_libraries_and_nothing_else(wheel):
     installed = {name for name in wheel.namelist() if not name.startswith(f"fastenc-{VERSION}.dist-info/")}
-    expected = {"fastenc/py.typed", f"fastenc/_C{EXTENSION_SUFFIX}", f"fastenc/{EAGER}.abi3.so"}
+    expected = {"fastenc/benchmarks/peers/requirements.txt", "fastenc/py.typed", f"fastenc/_C{EXTENSION_SUFFIX}", f"fastenc/{EAGER}.abi3.so"}
     if torch.version.cuda:
         expected.add("fastenc/_C_cuda.abi3.so")
     for package, folder in packages().items():

@@ -20,6 +20,7 @@ from ..harness import Results, Side
 
 WORKER = Path(__file__).with_name("worker.py")
 # The name of each in a report, and in worker.py.
+EPSILON_FIRST = ("keras-tensorflow", "keras-torch", "sklearn")  # see Task.epsilon_first
 PEERS = {
     "JAX, jit of the step": "jax-jit",
     "JAX, jit and scan of the epoch": "jax-scan",
@@ -33,7 +34,11 @@ LIMIT_S = 300.0  # that a peer may take for an answer, compiling included
 
 @dataclass(frozen=True)
 class Task:
-    """An autoencoder to train by Adam and mse: first weights, rows to time and rows to check, all float32."""
+    """An autoencoder to train by Adam and mse: first weights, rows to time and rows to check, all float32.
+
+    epsilon_first: what the short training gives, in float64, where Adam adds epsilon to sqrt(v) before that is
+        corrected for its first steps, as Keras and scikit-learn have it; PyTorch and optax add it after.
+    """
 
     weights: list[Tensor]
     data: Tensor
@@ -44,6 +49,7 @@ class Task:
     checked_batch: int
     lr: float
     threads: int
+    epsilon_first: Results
 
 
 class PeerError(RuntimeError):
@@ -67,7 +73,8 @@ def start(environment: Path, name: str, task: Task) -> Side | str:
     if (why := answer.get("missing")) is not None:
         worker.close()
         return f"{name} {CURE} ({why})"
-    return Side(partial(worker.run, 1), worker.check, worker.sample, worker.close)
+    exact = task.epsilon_first if PEERS[name] in EPSILON_FIRST else None
+    return Side(partial(worker.run, 1), worker.check, worker.sample, worker.close, exact)
 
 
 class Worker:

@@ -127,7 +127,6 @@ class Keras:
         dense = [keras.layers.Dense(len(bias), activation="relu") for _, bias in self.layers[:-1]]
         dense.append(keras.layers.Dense(len(self.layers[-1][1])))
         model = keras.Sequential([keras.Input((self.layers[0][0].shape[1],)), *dense])
-        # Keras's own epsilon is ten times this: all peers solve one problem.
         model.compile(optimizer=keras.optimizers.Adam(self.task["lr"], epsilon=1e-8), loss="mse")
         model.set_weights([array for weight, bias in self.layers for array in (weight.T, bias)])
         return model
@@ -157,7 +156,7 @@ class Sklearn:
         from sklearn.neural_network import MLPRegressor
 
         return MLPRegressor(
-            tuple(len(bias) for _, bias in self.layers[:-1]),
+            hidden_layer_sizes=tuple(len(bias) for _, bias in self.layers[:-1]),
             alpha=0.0,
             batch_size=batch,
             learning_rate_init=self.task["lr"],

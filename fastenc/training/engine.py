@@ -38,10 +38,12 @@ class EngineSteps:
     `torch.autocast("cpu", torch.bfloat16)` it multiplies in bf16 and keeps the weights in fp32. Afterwards parameters
     have no gradient; with a listener after each step they have that of the step, as after an ordinary one.
 
-    `elsewhere`: what to say where the model is not on the CPU. `explanation` tells how steps were taken.
+    `elsewhere`: what to say where the model is not on the CPU. `watchful`: see before each epoch what the user may have
+    changed; not needed where no code of the user's runs between epochs. `explanation` tells how steps were taken.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, elsewhere: str) -> None:
+    def __init__(self, rows: Rows, batch_size: int, elsewhere: str, watchful: bool = True) -> None:
+        self._watchful = watchful
         self._rows, self._batch_size, self._elsewhere = rows, batch_size, elsewhere
         self._engine: Any = None
         self._signature: list[Any] | None = None
@@ -74,7 +76,8 @@ class EngineSteps:
         """One epoch; arguments and result as `train_rows`."""
         rows, batch_size = self._rows, self._batch_size
         self.stopped_in_time = False
-        self._look(model, loss, update, after_step is not None)
+        if self._engine is None or self._watchful:
+            self._look(model, loss, update, after_step is not None)
         if self._engine is None:
             result = train_rows(model, loss, update, rows, order, batch_size, after_step)
             self._taken += len(result[0])

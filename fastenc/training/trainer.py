@@ -179,7 +179,8 @@ class Trainer:
         if not isinstance(train, Rows):
             self._how = "step by step: the data comes from a Dataset or DataLoader"
         elif reason := self._recorder.why_not(train.x.device):
-            whole = EngineSteps(train, batch_size, elsewhere=reason)
+            watchful = any(type(callback) is not Progress for callback in callbacks)
+            whole = EngineSteps(train, batch_size, reason, watchful)
         else:
             whole = WholeSteps(train, batch_size, self._recorder)
         for callback in callbacks:

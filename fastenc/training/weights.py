@@ -34,7 +34,7 @@ class Snapshot:
 @torch.no_grad()
 def all_finite(model: nn.Module) -> bool:
     """Whether no parameter holds NaN or Inf."""
-    return bool(nn.utils.get_total_norm(model.parameters(), math.inf).isfinite())
+    return bool(nn.utils.get_total_norm(model.parameters(), math.inf, foreach=True).isfinite())
 
 
 @contextmanager

@@ -112,6 +112,8 @@ def tests(patterns: Sequence[str], folder: Path) -> Part:
 
 def benchmark(command: Sequence[str], folder: Path) -> Part:
     """The benchmark, whose cases are checked before and after they are timed; its tables."""
+    from benchmarks.report import grouped, has_figures, summarise_group
+
     results = folder / "benchmark"
     shutil.rmtree(results, ignore_errors=True)  # an earlier run's answers are not this one's
     status = run([*command, "--out", str(results)], folder / "benchmark.log")
@@ -122,13 +124,13 @@ def benchmark(command: Sequence[str], folder: Path) -> Part:
         return Part("benchmark", FAILED, f"it ended with {status} and no results", tail(folder / "benchmark.log"))
     verdict = PASSED if status == 0 and not errors else FAILED
     summary = f"{len(rows)} cases, {len(errors)} with a wrong answer or an error; tables in {results / 'RESULTS.md'}"
-    worst = [
-        f"{report['question']}: worst {group['worst']['ratio']:.2f} at {group['worst']['case']}, "
-        f"geometric mean {group['geometric_mean']:.2f} (eager / fused)"
-        for report in reports
-        for group in report["summary"][:1]
-        if group["worst"] is not None
-    ]
+    worst = []
+    for (question, peer), group in grouped(filter(has_figures, rows), "question", "peer").items():
+        summary = summarise_group(question, peer, group)
+        worst.append(
+            f"{question} against {peer}: worst {summary['worst']['ratio']:.2f} at {summary['worst']['case']}, "
+            f"geometric mean {summary['geometric_mean']:.2f} (theirs / ours)"
+        )
     return Part("benchmark", verdict, summary, errors + worst)
 
 
