@@ -370,3 +370,11 @@ def test_help_and_version_and_usage():
     assert "--patience" in succeed("train", "--help")
     assert run("train").exit_code == 2
     assert run("fly").exit_code == 2
+
+
+def test_bench_is_the_benchmark(tmp_path):
+    succeed("bench", "dense", "--quick", "--threads", "1", "--dtype", "float32", "--out", tmp_path)
+    assert {"dense.json", "RESULTS.md", "index.html"} <= {path.name for path in tmp_path.iterdir()}
+    assert "no row changed beyond its interval" in succeed("bench", "--compare", tmp_path, tmp_path)
+    assert run("bench", "speed").exit_code == 2
+    assert run("bench", "--compare", tmp_path, tmp_path / "absent").exit_code == 2

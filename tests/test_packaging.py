@@ -76,7 +76,12 @@ def test_sdist_holds_what_builds_and_tests_it(dist):
 
 def test_wheel_holds_the_packages_and_the_libraries_and_nothing_else(wheel):
     installed = {name for name in wheel.namelist() if not name.startswith(f"fastenc-{VERSION}.dist-info/")}
-    expected = {"fastenc/benchmarks/peers/requirements.txt", "fastenc/py.typed", f"fastenc/_C{EXTENSION_SUFFIX}", f"fastenc/{EAGER}.abi3.so"}
+    expected = {
+        "fastenc/benchmarks/peers/requirements.txt",
+        "fastenc/py.typed",
+        f"fastenc/_C{EXTENSION_SUFFIX}",
+        f"fastenc/{EAGER}.abi3.so",
+    }
     if torch.version.cuda:
         expected.add("fastenc/_C_cuda.abi3.so")
     for package, folder in packages().items():
