@@ -146,7 +146,7 @@ class Answer:
         """The rows of the report."""
         question = self.question
         about = {"question": question.name, "title": question.title, "unit": question.unit, "seed": self.options.seed}
-        measured = [case for case in self.measured.values() if case.outcomes]
+        measured = [case for case in self.measured.values() if case.complete()]
         return make_records(about, measured, self.peaks, self.machine)
 
 

@@ -100,17 +100,19 @@ def roofline(records: Sequence[Record]) -> Figure:
 
 
 def draw_roofline(axis: Axes, rows: list[Record]) -> None:
-    first = list({row["case"]: row for row in rows}.values())
+    first = [group[0] for group in grouped(rows, "case").values()]  # of each case, against eager
     intensity = [row["flops"] / row["bytes"] for row in first]
     axis.scatter(intensity, [row["their_gflops"] for row in first], s=12, label=first[0]["peer"], color="tab:gray")
     axis.scatter(intensity, [row["gflops"] for row in first], s=12, label=OURS, color="tab:blue")
     peak = max(row["peak_gflops"]["rate"] for row in first)
     rates = [max(row["copying_gbs"][key] for row in first) for key in first[0]["copying_gbs"]]
     ends = (min(intensity) / 2, max([*intensity, peak / min(rates)]) * 2)
-    for rate, name in ((rates[-1], "memory"), (max(rates), "cache")):
+    for rate, name, below in ((rates[-1], "memory", True), (max(rates), "cache", False)):
         bend = peak / rate
         axis.plot([ends[0], bend], [ends[0] * rate, peak], color="black", linewidth=1)
-        axis.annotate(f"{name} {rate:,.0f} GB/s", (ends[0], ends[0] * rate), fontsize="x-small")
+        offset = (4, -12) if below else (-4, 6)
+        where = (ends[0], ends[0] * rate)
+        axis.annotate(f"{name} {rate:,.0f} GB/s", where, offset, textcoords="offset points", fontsize="x-small")
     axis.plot([peak / max(rates), ends[1]], [peak, peak], color="black", linewidth=1)
     axis.annotate(f"{peak:,.0f} GFLOP/s", (ends[1], peak), fontsize="x-small", ha="right", va="bottom")
     axis.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s")

@@ -11,7 +11,7 @@ from typing import Any
 
 from .harness import EVERY, Case, Outcome, Samples, dtype_name
 from .machine import Peak, Peaks, product_key
-from .stats import geometric_mean, pooled_ratio, quartiles
+from .stats import FEWEST, geometric_mean, pooled_ratio, quartiles
 
 FORMAT = 2  # of the JSON; to be raised when a reader of the old one would misread the new
 
@@ -53,6 +53,11 @@ class Measured:
         if self.missing(peer) is not None or self.error(peer) is not None:
             return []
         return [outcome.samples[peer] for outcome in self.outcomes]
+
+    def complete(self) -> bool:
+        """Whether there are rounds enough for an interval, which a run that is cut short may not have."""
+        pooled = (sum(len(samples.ratios) for samples in self.samples(peer)) for peer in self.peers())
+        return bool(self.outcomes) and all(rounds == 0 or rounds >= FEWEST for rounds in pooled)
 
     def fastest_ns(self) -> float | None:
         """The shortest median call of any side."""

@@ -113,6 +113,14 @@ def test_one_process_that_fails_fails_the_row() -> None:
     assert "ratio" not in row
 
 
+def test_too_few_rounds_are_no_row() -> None:
+    samples = Samples([1.0] * 4, [1.0] * 4, [1.0] * 4)
+    assert not Measured(dense_case(), [Outcome({EAGER: samples})]).complete()
+    assert Measured(dense_case(), [Outcome({EAGER: samples})] * 2).complete()
+    assert not Measured(dense_case()).complete()
+    assert failed().complete()
+
+
 def test_no_share_of_a_peak_is_over_one() -> None:
     (row,) = records_of(measured(), peak=50.0, copying=1.0)
     name = "the case forward + backward, M=32 N=24 K=40, float32, 1 thread"
