@@ -383,7 +383,7 @@ def test_ctrl_c_keeps_what_has_been_measured(monkeypatch: pytest.MonkeyPatch, tm
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--peers", "no/such/folder"], "no environment is there; make one by `make bench-peers`"),
         (["--out", "/dev/null/a"], "give a folder that can be made"),
-        (["speed"], "'speed' is no question; ask dense, encoder, "),
+        (["speed"], "'speed' is no question; ask fit, step, "),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
