@@ -50,9 +50,8 @@ def curves(title: str, panels: dict[tuple, list[Record]]) -> Figure:
 def draw_curves(axis: Axes, records: list[Record]) -> None:
     size = varying(records)
     assert size is not None
-    lines = {OURS: grouped(records, "peer").popitem()[1]} | {
-        key[0]: rows for key, rows in grouped(records, "peer").items()
-    }
+    peers = {key[0]: rows for key, rows in grouped(records, "peer").items()}
+    lines = {OURS: next(iter(peers.values())), **peers}  # eager, the first, is beside every row of ours
     for name, rows in lines.items():
         side = "ours" if name == OURS else "theirs"
         points = sorted((row["sizes"][size], row[side]["median"], row[side]["q1"], row[side]["q3"]) for row in rows)

@@ -220,7 +220,8 @@ def test_a_curve_is_drawn_where_one_size_varies() -> None:
     assert varying(rows) == "M"
     assert varying(rows[:2]) is None  # too few points
     assert varying([*rows, {**rows[0], "sizes": {"M": 1, "N": 3}}]) is None
-    pictures = dict(draw(rows))
+    elsewhere = [{**row, "peer": "of one point"} for row in rows[1:2]]
+    pictures = dict(draw([*rows, *elsewhere]))
     assert list(pictures) == ["dense-by rows", "roofline"]
     axis = pictures["dense-by rows"].axes[0]
     lines = {line.get_label(): line for line in axis.get_lines() if not line.get_label().startswith("_")}
