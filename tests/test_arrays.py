@@ -90,7 +90,7 @@ def test_booleans_are_zero_and_one(x):
     assert as_rows(x).tolist() == [[1.0, 0.0]]
 
 
-def test_memory_is_shared_where_it_can_be_and_never_when_read_only():
+def test_memory_is_shared_where_it_can_be_and_when_read_only_if_asked_to():
     array = VALUES.astype(np.float32)
     assert as_rows(array).data_ptr() == array.ctypes.data
     tensor = EXPECTED.clone()
@@ -98,6 +98,19 @@ def test_memory_is_shared_where_it_can_be_and_never_when_read_only():
     frozen = read_only(array)
     as_rows(frozen).zero_()
     assert np.array_equal(frozen, VALUES)
+    assert as_rows(frozen, writable=False).data_ptr() == frozen.ctypes.data
+    assert as_target(frozen, 3, writable=False).data_ptr() == frozen.ctypes.data
+    assert torch.equal(as_rows(read_only(VALUES), writable=False), EXPECTED)  # of another dtype: copied
+
+
+def test_rows_that_are_not_finite_are_found_in_every_part(monkeypatch):
+    monkeypatch.setattr("fastenc.data.arrays._PART", 4)
+    x = np.zeros((7, 2), np.float32)
+    x[[1, 2, 6], [0, 1, 1]] = np.nan, np.inf, -np.inf
+    with pytest.raises(DataError, match=r"3 of 7 rows \(row 1, 2, 6, counted from 0\)"):
+        as_rows(x)
+    with pytest.raises(DataError, match=r"2 of 7 rows \(row 2, 6, counted from 0\)"):
+        as_target(x[:, 1], 7)
 
 
 @pytest.mark.parametrize("mode", ["r", "r+", "c"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 _NUMPY_DTYPES = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 _DATES = "dates or times; turn them into numbers, for example days since a date"
+_PART = 1 << 20  # of elements looked at at a time: of rows on disk, memory holds as many
 _CURE_TEXT = "give the table to fastenc.data.Preprocessor, which turns text columns into numbers"
 
 
@@ -26,6 +27,7 @@ def as_rows(
     dtype: torch.dtype = torch.float32,
     features: int | None = None,
     finite: bool = True,
+    writable: bool = True,
 ) -> Tensor:
     """`x` as a contiguous CPU tensor `[rows, features]` of `dtype`.
 
@@ -36,9 +38,11 @@ def as_rows(
         dtype: a floating-point dtype.
         features: the number of columns there must be; None for any.
         finite: whether to refuse NaN and Inf.
+        writable: whether the tensor may be written to.
 
-    The tensor shares memory with `x` where `x` already is contiguous, writable, native and of `dtype`; `x` itself is
-    never written to. A read-only array is copied, because torch has no read-only tensors.
+    The tensor shares memory with `x` where `x` already is contiguous, native and of `dtype`; `x` itself is never
+    written to. A read-only array is copied if `writable`, because torch has no read-only tensors; if not, it is shared
+    too, and to write to the tensor of a read-only memory map would end the process.
 
     Raises:
         DataError: not two-dimensional, no rows, no columns, not `features` columns, text, dates or complex numbers, a
@@ -53,29 +57,27 @@ def as_rows(
     else:
         array = as_array(x, name)
         check_numbers(array, name)
-        array = _cast(array, wanted, name)
+        array = _cast(array, wanted, name, writable)
     if features is not None and array.shape[1] != features:
         raise DataError(
             f"{name} has {array.shape[1]} columns where {features} are expected; give the {features} columns that the "
             "model was made for, in the same order"
         )
-    rows = torch.from_numpy(array).to(dtype)
-    if finite:
-        bad = (~torch.isfinite(rows)).any(1).nonzero().flatten().tolist()
-        if bad:
-            raise DataError(
-                f"{name} has NaN or Inf in {row_list(bad, len(rows))}; fill them in with "
-                'Preprocessor(missing="impute") or leave those rows out with Preprocessor(missing="drop")'
-            )
+    rows = _tensor(array).to(dtype)
+    if finite and (bad := _rows_not_finite(rows)):
+        raise DataError(
+            f"{name} has NaN or Inf in {row_list(bad, len(rows))}; fill them in with "
+            'Preprocessor(missing="impute") or leave those rows out with Preprocessor(missing="drop")'
+        )
     return rows
 
 
-def as_target(y: Any, rows: int, *, name: str = "y") -> Tensor:
+def as_target(y: Any, rows: int, *, name: str = "y", writable: bool = True) -> Tensor:
     """`y` as a contiguous CPU tensor with one entry for each of `rows` rows.
 
     Integers and booleans in one dimension are class labels: int64 `[rows]`. Anything else is a regression target:
     float32 `[rows]` or `[rows, outputs]`. Accepts what `as_rows` does, and one-dimensional arrays, lists, pandas
-    Series and pyarrow arrays.
+    Series and pyarrow arrays. Memory is shared, or not, as `as_rows` does.
 
     Raises:
         DataError: not `rows` entries, three or more dimensions, text, or missing, NaN or Inf values.
@@ -100,10 +102,9 @@ def as_target(y: Any, rows: int, *, name: str = "y") -> Tensor:
     if array.ndim == 1 and array.dtype.kind in "biu":
         if array.dtype.kind == "u" and array.max(initial=0) > np.iinfo(np.int64).max:
             raise DataError(f"{name} holds labels above the largest int64; number the classes from 0")
-        return torch.from_numpy(np.require(array, np.int64, ["C", "A", "W"]))
-    target = torch.from_numpy(_cast(array, np.float32, name))
-    bad = (~torch.isfinite(target.reshape(rows, -1))).any(1).nonzero().flatten().tolist()
-    if bad:
+        return _tensor(np.require(array, np.int64, _requirements(writable)))
+    target = _tensor(_cast(array, np.float32, name, writable))
+    if bad := _rows_not_finite(target):
         raise DataError(f"{name} has NaN or Inf in {row_list(bad, rows)}; leave those rows out of x and {name}")
     return target
 
@@ -184,10 +185,37 @@ def row_list(rows: Sequence[int] | np.ndarray, total: int) -> str:
     return f"{len(rows)} of {total} row{'s' * (total != 1)} (row {listed}, counted from 0)"
 
 
-def _cast(values: np.ndarray, dtype: Any, name: str) -> np.ndarray:
-    """`values` as a native, contiguous, writable array of `dtype`; DataError if a finite value would become Inf."""
+def _requirements(writable: bool) -> list[Literal["C", "A", "W"]]:
+    """Of np.require: contiguous, aligned and, if asked for, writable."""
+    return ["C", "A", "W"] if writable else ["C", "A"]
+
+
+class _Shared:
+    """A read-only array's memory under numpy's interface of a writable one: torch knows no other."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array  # which keeps the memory
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array if array.flags.writeable else np.asarray(_Shared(array)))
+
+
+def _rows_not_finite(numbers: Tensor) -> list[int]:
+    """The rows of `numbers` [rows, ...] that hold NaN or Inf."""
+    rows: list[int] = []
+    count = max(1, _PART // numbers[0].numel())
+    for start, part in zip(range(0, len(numbers), count), numbers.split(count), strict=True):
+        bad = (~torch.isfinite(part)).reshape(len(part), -1).any(1)
+        rows += (bad.nonzero().flatten() + start).tolist()
+    return rows
+
+
+def _cast(values: np.ndarray, dtype: Any, name: str, writable: bool = True) -> np.ndarray:
+    """`values` as a native, contiguous array of `dtype`; DataError if a finite value would become Inf."""
     with np.errstate(over="ignore", invalid="ignore"):
-        out = np.require(values, dtype, ["C", "A", "W"])
+        out = np.require(values, dtype, _requirements(writable))
     if not np.can_cast(values.dtype, dtype) and np.isinf(out).any():
         lost = np.argwhere(np.isinf(out) & np.isfinite(values))
         if len(lost):

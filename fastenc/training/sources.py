@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -17,14 +18,16 @@ _GATHER_BYTES = 1 << 20  # of rows gathered by one call: many small batches, or 
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows in memory, on the model's device.
+    """All rows in memory, on the model's device, or in a memory map.
 
-    x       [rows, features], the model's dtype
-    target  [rows, ...]; x itself where there is no other
+    x          [rows, features], the model's dtype
+    target     [rows, ...]; x itself where there is no other
+    read_only  whether what writes to x or target may end the process
     """
 
     x: Tensor
     target: Tensor
+    read_only: bool = False
 
     def __len__(self) -> int:
         return len(self.x)
@@ -32,7 +35,7 @@ class Rows:
     def part(self, rows: slice) -> Rows:
         """Some of the rows: a view."""
         x = self.x[rows]
-        return Rows(x, x if self.target is self.x else self.target[rows])
+        return Rows(x, x if self.target is self.x else self.target[rows], self.read_only)
 
     def split(self, fraction: float) -> tuple[Rows, Rows]:
         """The first rows, and the last `fraction` of them, counted as Keras does.
@@ -52,7 +55,10 @@ class Rows:
         """(x, target) of `batch_size` rows each, the last one of what is left, in `order` (int64 [rows]).
 
         With an order, rows are gathered into memory that is used again: a batch is good until the next is asked for.
+        So are rows that are read-only, since a model may write to its input.
         """
+        if order is None and self.read_only:
+            order = torch.arange(len(self))
         if order is None:
             yield from zip(self.x.split(batch_size), self.target.split(batch_size), strict=True)
             return
@@ -131,8 +137,16 @@ def make_stream(
 def make_rows(
     x: Any, y: Any, names: tuple[str, str], device: torch.device, dtype: torch.dtype, features: int | None
 ) -> Rows:
-    """Arrays of any kind that `fastenc.data.as_rows` and `as_target` take, on the device. y None: the target is x."""
-    rows = as_rows(x, name=names[0], dtype=dtype, features=features)
-    target = None if y is None else as_target(y, len(rows), name=names[1]).to(device)
+    """Arrays of any kind that `fastenc.data.as_rows` and `as_target` take, on the device. y None: the target is x.
+
+    Memory is shared where it can be: memory maps may be larger than memory.
+    """
+    rows = as_rows(x, name=names[0], dtype=dtype, features=features, writable=not _is_read_only(x))
+    target = None if y is None else as_target(y, len(rows), name=names[1], writable=not _is_read_only(y)).to(device)
     rows = rows.to(device)
-    return Rows(rows, rows if target is None else target)
+    read_only = device.type == "cpu" and (_is_read_only(x) or _is_read_only(y))
+    return Rows(rows, rows if target is None else target, read_only)
+
+
+def _is_read_only(array: Any) -> bool:
+    return isinstance(array, np.ndarray) and not array.flags.writeable

@@ -316,8 +316,9 @@ class Trainer:
                 f"loss='cross_entropy' needs labels, and there is no {names[1]}; give one label for each row"
             )
         with mode(self.model, training=False), torch.inference_mode():
-            output = self.model(source.x[:1])
-        return Rows(source.x, fit_target(source.target, output, self.loss, names[0] if y is None else names[1]))
+            output = self.model(source.x[:1].clone())  # a model may write to its input
+        target = fit_target(source.target, output, self.loss, names[0] if y is None else names[1])
+        return replace(source, target=target)
 
     def _checked_loss(self, output: Tensor, target: Tensor) -> Tensor:
         return self._loss(output, fit_target(target, output, self.loss, "the target"))
