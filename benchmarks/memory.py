@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def train(case: Case, plan: Plan) -> Sides:
 def infer(case: Case) -> Sides:
     layers = [nn.Linear(K, N) for K, N in itertools.pairwise(WIDTHS)]
     eager = nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))
+    case = replace(case, mode=FORWARD)  # by which stack_sides knows what to do
     return stack_sides(case, case.sizes["rows"], Encoder(WIDTHS[0], HIDDEN, activation="relu"), eager, layers)
 
 

@@ -15,7 +15,7 @@ from .harness import Case, Side, Sides
 
 TRAINER, LOOP = "Trainer, autoencoder", "a loop of one's own, autoencoder"
 # in, rows, batch, epochs: so many steps that a fit's own cost is lost among them
-PROBLEMS = ((100, 512, 32, 16), (784, 512, 32, 16), (784, 4096, 256, 8), (784, 16384, 4096, 4))
+PROBLEMS = ((100, 8192, 32, 1), (784, 8192, 32, 1), (784, 16384, 256, 2), (784, 16384, 4096, 4))
 QUICK_PROBLEMS = ((100, 128, 32, 1),)
 
 

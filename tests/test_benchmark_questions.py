@@ -70,6 +70,14 @@ def test_a_map_is_read_again_and_its_file_goes(monkeypatch: pytest.MonkeyPatch) 
     assert not Path(folders[0].name).exists()
 
 
+def test_memory_of_inference_is_of_inference() -> None:
+    case = memory.inference_case(next(iter(OPTIONS.places())), 8)
+    sides = case.setup(case)
+    assert sides.names == ("out",)
+    with sides.context():
+        assert torch.is_inference_mode_enabled()
+
+
 def holding(case: Case) -> Sides:
     """Ours takes 80 MiB for a moment, eager 40."""
 
