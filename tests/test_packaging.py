@@ -49,8 +49,14 @@ def wheel(dist):
 def packages() -> dict[str, Path]:
     """What pyproject.toml installs: package -> folder."""
     tool = PROJECT["tool"]["setuptools"]
-    special = {name: path for name, path in tool["package-dir"].items() if name != "fastenc"}
-    return {name: ROOT / special.get(name, name.replace(".", "/")) for name in tool["packages"]}
+
+    def folder(name: str) -> Path:
+        if (listed := tool["package-dir"].get(name)) is not None:
+            return ROOT / listed
+        parent, _, own = name.rpartition(".")
+        return folder(parent) / own
+
+    return {name: folder(name) for name in tool["packages"]}
 
 
 def test_every_package_is_listed():
