@@ -105,7 +105,8 @@ def draw_roofline(axis: Axes, rows: list[Record]) -> None:
     axis.scatter(intensity, [row["gflops"] for row in first], s=12, label=OURS, color="tab:blue")
     peak = max(row["peak_gflops"]["rate"] for row in first)
     rates = [max(row["copying_gbs"][key] for row in first) for key in first[0]["copying_gbs"]]
-    ends = (min(intensity) / 2, max([*intensity, peak / min(rates)]) * 2)
+    bends = (peak / max(rates), peak / min(rates))
+    ends = (min(*intensity, *bends) / 2, max(*intensity, *bends) * 2)
     for rate, name, below in ((rates[-1], "memory", True), (max(rates), "cache", False)):
         bend = peak / rate
         axis.plot([ends[0], bend], [ends[0] * rate, peak], color="black", linewidth=1)
