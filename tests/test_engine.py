@@ -218,6 +218,18 @@ def test_autocast_around_a_whole_fit(loss):
     assert ends[0] == pytest.approx(ends[1], rel=0.01)  # rounding's part; with stale weights it is over 0.1
 
 
+def test_what_follows_a_fit_inside_autocast_sees_its_weights():
+    trainer = Trainer(AutoEncoder(Encoder(100)), lr=1e-3)
+    x, weight = torch.rand(64, 100), trainer.model.encoder.layers[0].weight
+    with torch.autocast("cpu", torch.bfloat16):
+        before = F.linear(x, weight)  # autocast keeps its cast of the weight
+        trainer.fit(x, epochs=2, batch_size=32)
+        after = F.linear(x, weight)
+    assert not torch.equal(before, after)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(after, F.linear(x, weight))
+
+
 def fitted(threads: int, epochs: int = 6, **options):
     torch.manual_seed(12)
     before = torch.get_num_threads()

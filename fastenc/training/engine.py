@@ -146,6 +146,7 @@ class EngineSteps:
             update.advance(taken)
             for parameter in self._trained:
                 increment_version(parameter)  # or autograd would take a graph of the old weights for a good one
+            torch.clear_autocast_cache()  # which may hold casts of the old weights
             self._taken += taken
             self._whole += taken
         seconds = (time.perf_counter() - start) / count
