@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import io
 import re
 import sys
 from collections.abc import Sequence
@@ -100,9 +99,7 @@ def write_pages(records: Sequence[Record], folder: Path) -> None:
             file = folder / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
             figure.savefig(file.with_suffix(".png"), dpi=120)
             figure.savefig(file.with_suffix(".svg"))
-            svg = io.StringIO()
-            figure.savefig(svg, format="svg")
-            pictures[name] = svg.getvalue()
+            pictures[name] = file.with_suffix(".svg").read_text()
     tables = [to_markdown(rows) for rows in grouped(records, "question").values()]
     text = "# fastenc and others\n\n" + "\n".join(tables)
     (folder / "RESULTS.md").write_text(text)

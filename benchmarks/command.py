@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,6 @@ class Question:
     name: str
     title: str
     cases: Callable[[Options], Iterable[Case]]
-    dtypes: tuple[torch.dtype, ...]
     budget_s: float
     unit: str = "us"
     measure: Callable[[Case, float, int, int], Outcome] = run_case
@@ -180,10 +180,6 @@ def set_precision(tf32: bool) -> None:
 
 
 def in_words(outcome: Outcome) -> str:
-    taken = [f"{median_ratio(samples.ratios):.2f} {name}" for name, samples in outcome.samples.items()]
+    taken = [f"{median(samples.ratios):.2f} {name}" for name, samples in outcome.samples.items()]
     wrong = [f"ERROR {name}: {error}" for name, error in outcome.errors.items()]
     return "; ".join([*taken, *wrong])
-
-
-def median_ratio(ratios: list[float]) -> float:
-    return sorted(ratios)[len(ratios) // 2]

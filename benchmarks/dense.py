@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from fastenc import FusedDense
@@ -52,6 +51,5 @@ QUESTION = Question(
     name="dense",
     title="One FusedDense (relu) against nn.Linear and nn.ReLU; out[M, N] from x[M, K]",
     cases=cases,
-    dtypes=(torch.float32, torch.bfloat16),
     budget_s=0.5,
 )

@@ -6,15 +6,10 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 
-import torch
-from torch import nn
-
-from fastenc import Encoder
-
 from .command import Options, Question
 from .harness import Case, Sides
 from .peers import local
-from .stacks import EVERYTHING, FORWARD, PARAMETERS, stack_bytes, stack_flops, stack_sides
+from .stacks import EVERYTHING, FORWARD, PARAMETERS, encoder_sides, stack_bytes, stack_flops
 
 WIDTHS = (784, 128, 64, 32, 16)
 BATCHES = (1, 32, 256, 4096, 65536)
@@ -40,19 +35,15 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def setup(case: Case, quick: bool) -> Sides:
-    layers = [nn.Linear(K, N, dtype=case.dtype) for K, N in itertools.pairwise(WIDTHS)]
-    eager = nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))
-    fused = Encoder(WIDTHS[0], WIDTHS[1:], activation="relu", dtype=case.dtype)
     peers = {"torch._addmm_activation": local.addmm_activation}
     if not quick and case.sizes["batch"] in COMPILED_BATCHES:
         peers |= {"torch.compile": local.compiled, "Inductor's fused linear": local.inductor_linear}
-    return stack_sides(case, case.sizes["batch"], fused, eager, layers, peers)
+    return encoder_sides(case, case.sizes["batch"], WIDTHS, peers)
 
 
 QUESTION = Question(
     name="encoder",
     title="Encoder 784-128-64-32-16 (relu) against nn.Sequential of nn.Linear and nn.ReLU",
     cases=cases,
-    dtypes=(torch.float32, torch.bfloat16),
     budget_s=1.0,
 )

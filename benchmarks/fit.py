@@ -31,12 +31,13 @@ LR = 1e-3
 CHECKED_EPOCHS, CHECKED_BATCH, CHECKED_ROWS = 2, 32, 3 * 32 + 8  # the last batch is short, as in what is timed
 ROUNDED_PROBLEMS = 16
 MARGIN = 1e-6  # some ten times float32's rounding error
+FUSED_ADAM = "eager, Adam(fused=True)"
 EAGER: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "eager, Adam": torch.optim.Adam,
-    "eager, Adam(fused=True)": partial(torch.optim.Adam, fused=True),
+    FUSED_ADAM: partial(torch.optim.Adam, fused=True),
 }
 COMPILED = {"torch.compile, Adam(fused=True)": "default", "torch.compile(max-autotune), the same": "max-autotune"}
-IN_GRAPH = "eager, Adam(fused=True), in a CUDA graph"
+IN_GRAPH = f"{FUSED_ADAM}, in a CUDA graph"
 # in, rows, batch, epochs of one call, which share what a fit costs beside its steps
 PROBLEMS = ((100, 1000, 32, 4), (784, 2560, 256, 2), (784, 16384, 4096, 1))
 QUICK_PROBLEMS = ((100, 1000, 32, 1),)
@@ -97,14 +98,12 @@ def step_bytes(rows: float, widths: Widths) -> int:
 def setup(case: Case, plan: Plan, options: Options) -> Sides:
     """Trainer.fit as a user calls it, against loops and other frameworks' fit."""
     problem = Problem(case, plan)
-    peers: dict[str, Side | str] = {
-        name: problem.side(make_eager, loop_call, adam=adam) for name, adam in EAGER.items()
-    }
+    peers = problem.eager(*EAGER)
     if case.device == "cuda":
         peers[IN_GRAPH] = problem.side(make_eager, graph_call)
     if case.dtype == torch.float32 and not options.quick:
         for name, mode in COMPILED.items():
-            peers[name] = problem.side(make_eager, loop_call, adam=EAGER["eager, Adam(fused=True)"], mode=mode)
+            peers[name] = problem.side(make_eager, loop_call, adam=EAGER[FUSED_ADAM], mode=mode)
     if case.dtype == torch.float32 and case.device == "cpu":
         task = remote.Task(
             problem.drawn[0].weights,
@@ -176,6 +175,13 @@ class Problem:
             **chosen,
         )
         return Side(timed, verify)
+
+    def eager(self, *names: str) -> dict[str, Side | str]:
+        """The loop of PyTorch's tutorials with these optimisers, keys of EAGER."""
+        return {name: self.side(make_eager, loop_call, adam=EAGER[name]) for name in names}
+
+    def trainer_against(self, *names: str) -> Sides:
+        return self.sides(self.side(make_fused, fused_call), self.eager(*names))
 
     def sides(self, ours: Side, peers: dict[str, Side | str]) -> Sides:
         if self.rounded:
@@ -343,6 +349,5 @@ QUESTION = Question(
     name="fit",
     title="Trainer.fit: autoencoder in-128-64-32-16 and back, mse, Adam; times per step",
     cases=cases,
-    dtypes=(torch.float32, torch.bfloat16),
     budget_s=15.0,
 )

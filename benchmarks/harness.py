@@ -145,9 +145,7 @@ def run_case(case: Case, budget_s: float, rounds: int, seed: int) -> Outcome:
     sides: Sides | None = None
     try:
         with threads(case.threads):
-            torch.manual_seed(seed)
-            with torch.device(case.device):
-                sides = case.setup(case)
+            sides = set_up(case, seed)
             return measure(case, sides, budget_s, rounds)
     except Exception as error:
         return Outcome(errors={EVERY: describe_error(error)})
@@ -155,6 +153,12 @@ def run_case(case: Case, budget_s: float, rounds: int, seed: int) -> Outcome:
         if sides is not None:
             for side in (sides.ours, *sides.present().values()):
                 side.close()
+
+
+def set_up(case: Case, seed: int) -> Sides:
+    torch.manual_seed(seed)
+    with torch.device(case.device):
+        return case.setup(case)
 
 
 def measure(case: Case, sides: Sides, budget_s: float, rounds: int) -> Outcome:

@@ -13,15 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
-
-from fastenc import Encoder
 
 from .command import Options, Place, Question
 from .cuda import CALLS
-from .fit import EAGER, HIDDEN, Plan, Problem, fused_call, loop_call, make_eager, make_fused, training_case
-from .harness import Case, Outcome, Samples, Side, Sides, describe_error, find_errors, threads
-from .stacks import FORWARD, stack_bytes, stack_flops, stack_sides
+from .fit import EAGER, HIDDEN, Plan, Problem, training_case
+from .harness import EVERY, Case, Outcome, Samples, Sides, describe_error, find_errors, set_up, threads
+from .stacks import FORWARD, encoder_sides, stack_bytes, stack_flops
 
 TRAINING, INFERENCE = "fit, autoencoder", "encoder 784-128-64-32-16, forward, inference"
 BATCHES, ROWS = (256, 4096), 16384
@@ -49,18 +46,12 @@ def inference_case(place: Place, rows: int) -> Case:
 
 
 def train(case: Case, plan: Plan) -> Sides:
-    problem = Problem(case, plan)
-    peers: dict[str, Side | str] = {
-        name: problem.side(make_eager, loop_call, adam=adam) for name, adam in EAGER.items()
-    }
-    return problem.sides(problem.side(make_fused, fused_call), peers)
+    return Problem(case, plan).trainer_against(*EAGER)
 
 
 def infer(case: Case) -> Sides:
-    layers = [nn.Linear(K, N) for K, N in itertools.pairwise(WIDTHS)]
-    eager = nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))
-    case = replace(case, mode=FORWARD)  # by which stack_sides knows what to do
-    return stack_sides(case, case.sizes["rows"], Encoder(WIDTHS[0], HIDDEN, activation="relu"), eager, layers)
+    # By the mode stack_sides knows what to do.
+    return encoder_sides(replace(case, mode=FORWARD), case.sizes["rows"], WIDTHS)
 
 
 def measure(case: Case, _budget_s: float, rounds: int, seed: int) -> Outcome:
@@ -73,7 +64,7 @@ def measure(case: Case, _budget_s: float, rounds: int, seed: int) -> Outcome:
             return Outcome(errors=errors)
         taken = {name: [in_fresh_process(case, seed + i, name) for i in range(rounds)] for name in (None, *sides.peers)}
     except Exception as error:  # as run_case has it
-        return Outcome(errors={name: describe_error(error) for name in EAGER})
+        return Outcome(errors={EVERY: describe_error(error)})
     ours = taken.pop(None)
     return Outcome(
         {
@@ -82,12 +73,6 @@ def measure(case: Case, _budget_s: float, rounds: int, seed: int) -> Outcome:
             if name is not None
         }
     )
-
-
-def set_up(case: Case, seed: int) -> Sides:
-    torch.manual_seed(seed)
-    with torch.device(case.device):
-        return case.setup(case)
 
 
 def in_fresh_process(case: Case, seed: int, peer: str | None) -> float:
@@ -127,7 +112,6 @@ QUESTION = Question(
     name="memory",
     title="Memory that a call takes beside its model and data, MiB at the peak",
     cases=cases,
-    dtypes=(torch.float32, torch.bfloat16),
     budget_s=0.0,
     unit="MiB",
     measure=measure,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,9 +21,10 @@ def draw(records: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
     for (question, mode), group in grouped(shown, "question", "mode").items():
         panels = {key: rows for key, rows in grouped(group, "dtype", "place").items() if varying(rows) is not None}
         if panels:
-            yield f"{question}-{mode}", curves(f"{question}: {mode}", panels)
+            yield f"{question}-{mode}", panelled(f"{question}: {mode}", panels, draw_curves)
     if shown:
-        yield "roofline", roofline(shown)
+        title = "roofline: least work and least bytes of each row"
+        yield "roofline", panelled(title, grouped(shown, "dtype", "place"), draw_roofline)
 
 
 def varying(records: Sequence[Record]) -> str | None:
@@ -33,7 +34,8 @@ def varying(records: Sequence[Record]) -> str | None:
     return names[0] if len(names) == 1 and len(values[names[0]]) >= FEWEST_POINTS else None
 
 
-def curves(title: str, panels: dict[tuple, list[Record]]) -> Figure:
+def panelled(title: str, panels: dict[tuple, list[Record]], draw_panel: Callable[[Axes, list[Record]], None]) -> Figure:
+    """A panel for each (dtype, place)."""
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(5.5 * columns, 4 * lines), layout="constrained")
@@ -41,7 +43,7 @@ def curves(title: str, panels: dict[tuple, list[Record]]) -> Figure:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, ((dtype, place), records) in zip(axes.flat, panels.items(), strict=False):
-        draw_curves(axis, records)
+        draw_panel(axis, records)
         axis.set_title(f"{dtype}, {place}", fontsize="medium")
     figure.suptitle(title)
     return figure
@@ -82,23 +84,8 @@ def cache_marks(records: Sequence[Record], size: str) -> dict[str, float]:
     return marks
 
 
-def roofline(records: Sequence[Record]) -> Figure:
-    """GFLOP/s over FLOP per byte of each row under the roofs measured on the spot, a panel for each dtype and place."""
-    panels = grouped(records, "dtype", "place")
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.5 * columns, 4 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, ((dtype, place), rows) in zip(axes.flat, panels.items(), strict=False):
-        draw_roofline(axis, rows)
-        axis.set_title(f"{dtype}, {place}", fontsize="medium")
-    figure.suptitle("roofline: least work and least bytes of each row")
-    return figure
-
-
 def draw_roofline(axis: Axes, rows: list[Record]) -> None:
+    """GFLOP/s over FLOP per byte of each row, under the roofs measured on the spot."""
     first = [group[0] for group in grouped(rows, "case").values()]  # of each case, against eager
     intensity = [row["flops"] / row["bytes"] for row in first]
     axis.scatter(intensity, [row["their_gflops"] for row in first], s=12, label=first[0]["peer"], color="tab:gray")

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from .cuda import CALLS
 from .harness import EVERY, Case, Outcome, Samples, dtype_name
 from .machine import Peak, Peaks, product_key
 from .stats import FEWEST, geometric_mean, pooled_ratio, quartiles
@@ -91,10 +92,8 @@ def raise_peaks(measured: Measured, peaks: Peaks) -> None:
     if fastest is None:
         return
     source, step_ns = f"the case {case.name}", fastest / case.steps
-    products, traffic = peaks.products[product_key(case)], peaks.traffic[case.processor]
-    peaks.products[product_key(case)] = type(products)(
-        *max((products.rate, products.source), (case.flops / step_ns, source))
-    )
+    key, traffic = product_key(case), peaks.traffic[case.processor]
+    peaks.products[key] = peaks.products[key].raised_to(Peak(case.flops / step_ns, source))
     size = min((size for size in traffic if size >= case.bytes), default=max(traffic))
     if case.bytes / step_ns > peaks.bandwidth(case.processor, case.bytes).rate:
         traffic[size] = Peak(case.bytes / step_ns, source)
@@ -109,7 +108,7 @@ def to_record(measured: Measured, peer: str, peaks: Peaks, timed: bool) -> Recor
         "dtype": dtype_name(case.dtype),
         "threads": case.threads,
         "place": case.place,
-        "cache": "flushed before each call" if "," in case.place and "calls" not in case.place else "warm",
+        "cache": "warm" if case.way == CALLS else "flushed before each call",
         "peer": peer,
         "flops": case.flops,
         "bytes": case.bytes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import os
 import tempfile
@@ -13,17 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-
-from fastenc import Encoder
 
 from .command import Options, Place, Question
 from .cuda import CALLS
-from .fit import EAGER, HIDDEN, Plan, Problem, Widths, fused_call, loop_call, make_eager, make_fused, training_case
+from .fit import FUSED_ADAM, HIDDEN, Plan, Problem, Widths, training_case
 from .harness import Call, Case, Results, Sides
-from .stacks import FORWARD, stack_bytes, stack_flops, stack_sides
+from .stacks import FORWARD, encoder_sides, stack_bytes, stack_flops
 
-FUSED_ADAM = "eager, Adam(fused=True)"
 BY_BATCH, BY_WIDTH, BY_DEPTH, BY_THREADS = (f"training by {name}" for name in ("batch", "width", "depth", "threads"))
 BY_ROWS = "an epoch of a .npy map that is read from the disk"
 IN, BATCH = 100, 256
@@ -67,10 +62,7 @@ def inference_case(place: Place, batch: int) -> Case:
 
 
 def infer(case: Case) -> Sides:
-    layers = [nn.Linear(K, N) for K, N in itertools.pairwise((IN, *HIDDEN))]
-    eager = nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))
-    fused = Encoder(IN, HIDDEN, activation="relu")
-    return stack_sides(case, case.sizes["batch"], fused, eager, layers)
+    return encoder_sides(case, case.sizes["batch"], (IN, *HIDDEN))
 
 
 def train_case(mode: str, varies: str, value: int, widths: Widths, place: Place, batch: int = BATCH) -> Case:
@@ -80,7 +72,7 @@ def train_case(mode: str, varies: str, value: int, widths: Widths, place: Place,
 
 
 def train(case: Case, plan: Plan) -> Sides:
-    return against_eager(Problem(case, plan))
+    return Problem(case, plan).trainer_against(FUSED_ADAM)
 
 
 def from_map(case: Case, plan: Plan) -> Sides:
@@ -89,7 +81,7 @@ def from_map(case: Case, plan: Plan) -> Sides:
     path = Path(folder.name) / "rows.npy"
     np.save(path, torch.rand(plan.rows, plan.widths[0]).numpy())
     rows = np.load(path, mmap_mode="c")  # torch warns of arrays that cannot be written to
-    sides = against_eager(Problem(case, plan, torch.from_numpy(rows)))
+    sides = Problem(case, plan, torch.from_numpy(rows)).trainer_against(FUSED_ADAM)
 
     def cold(call: Call) -> Call:
         def run() -> Results:
@@ -105,15 +97,9 @@ def from_map(case: Case, plan: Plan) -> Sides:
     return replace(sides, ours=replace(sides.ours, call=cold(sides.ours.call), close=folder.cleanup), peers=peers)
 
 
-def against_eager(problem: Problem) -> Sides:
-    eager = problem.side(make_eager, loop_call, adam=EAGER[FUSED_ADAM])
-    return problem.sides(problem.side(make_fused, fused_call), {FUSED_ADAM: eager})
-
-
 QUESTION = Question(
     name="scaling",
     title="How cost grows: inference and training steps of 100-128-64-32-16 and others",
     cases=cases,
-    dtypes=(torch.float32,),
     budget_s=2.0,
 )

@@ -9,6 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from fastenc import Encoder
+
 from .harness import Call, Case, Results, Side, Sides
 
 FORWARD = "forward, inference"
@@ -43,6 +45,17 @@ def stack_bytes(M: int, widths: Sequence[int], mode: str, itemsize: int) -> int:
 
 
 Peer = Callable[[Sequence[nn.Linear], Tensor], "Side | str"]
+
+
+def with_relus(layers: Sequence[nn.Linear]) -> nn.Sequential:
+    return nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))
+
+
+def encoder_sides(case: Case, M: int, widths: Sequence[int], peers: Mapping[str, Peer] = MappingProxyType({})) -> Sides:
+    """Sides of an Encoder of these widths, relu after each layer, on `M` rows; `peers` as stack_sides has them."""
+    layers = [nn.Linear(K, N, dtype=case.dtype) for K, N in itertools.pairwise(widths)]
+    fused = Encoder(widths[0], widths[1:], activation="relu", dtype=case.dtype)
+    return stack_sides(case, M, fused, with_relus(layers), layers, peers)
 
 
 def stack_sides(

@@ -6,12 +6,10 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 
-import torch
-
 from .command import Options, Question
 from .cuda import CALLS
-from .fit import EAGER, HIDDEN, Plan, Problem, fused_call, loop_call, make_eager, make_fused, training_case
-from .harness import Case, Side, Sides
+from .fit import EAGER, FUSED_ADAM, HIDDEN, Plan, Problem, loop_call, make_fused, training_case
+from .harness import Case, Sides
 
 TRAINER, LOOP = "Trainer, autoencoder", "a loop of one's own, autoencoder"
 # in, rows, batch, epochs: so many steps that a fit's own cost is lost among them
@@ -31,19 +29,15 @@ def cases(options: Options) -> Iterator[Case]:
 def setup(case: Case, plan: Plan) -> Sides:
     """The loop is the same on both sides but for the model, with fused Adam; Trainer is compared with both of EAGER."""
     problem = Problem(case, plan)
-    chosen = EAGER if case.mode == TRAINER else dict(list(EAGER.items())[1:])
-    peers: dict[str, Side | str] = {
-        name: problem.side(make_eager, loop_call, adam=adam) for name, adam in chosen.items()
-    }
     if case.mode == TRAINER:
-        return problem.sides(problem.side(make_fused, fused_call), peers)
-    return problem.sides(problem.side(make_fused, loop_call, adam=EAGER["eager, Adam(fused=True)"]), peers)
+        return problem.trainer_against(*EAGER)
+    ours = problem.side(make_fused, loop_call, adam=EAGER[FUSED_ADAM])
+    return problem.sides(ours, problem.eager(FUSED_ADAM))
 
 
 QUESTION = Question(
     name="step",
     title="One training step: autoencoder in-128-64-32-16 and back, mse, Adam",
     cases=cases,
-    dtypes=(torch.float32, torch.bfloat16),
     budget_s=4.0,
 )

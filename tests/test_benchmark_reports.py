@@ -346,7 +346,7 @@ def lies(options: Options) -> list[Case]:
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
-    question = Question("lies", "Lies", lies, (torch.float32,), 0.0)
+    question = Question("lies", "Lies", lies, 0.0)
     monkeypatch.setattr(__main__, "QUESTIONS", (question,))
     return main(["--quick", "--out", str(folder), *arguments])
 

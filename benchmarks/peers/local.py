@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..harness import Results, Side
+from ..stacks import with_relus
 
 # As torch.compile's documentation has it for inference on a CPU: weights are constants, and C++ products are tried.
 FREEZING = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
@@ -27,7 +28,7 @@ def addmm_activation(layers: Sequence[nn.Linear], x: Tensor) -> Side:
 
 def compiled(layers: Sequence[nn.Linear], x: Tensor) -> Side:
     """torch.compile as it is."""
-    model = torch.compile(sequential(layers))
+    model = torch.compile(with_relus(layers))
     return Side(lambda: (model(x),))
 
 
@@ -35,9 +36,5 @@ def inductor_linear(layers: Sequence[nn.Linear], x: Tensor) -> Side | str:
     """Inductor's fused linear on the CPU, with weights frozen and packed."""
     if x.device.type != "cpu":
         return "Inductor's fused linear is for the CPU"
-    model = torch.compile(sequential(layers), options=FREEZING)
+    model = torch.compile(with_relus(layers), options=FREEZING)
     return Side(lambda: (model(x),))
-
-
-def sequential(layers: Sequence[nn.Linear]) -> nn.Sequential:
-    return nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU()))).eval()

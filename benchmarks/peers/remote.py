@@ -19,8 +19,8 @@ from torch import Tensor
 from ..harness import Results, Side
 
 WORKER = Path(__file__).with_name("worker.py")
-# The name of each in a report, and in worker.py.
 EPSILON_FIRST = ("keras-tensorflow", "keras-torch", "sklearn")  # see Task.epsilon_first
+# The name of each in a report, and in worker.py.
 PEERS = {
     "JAX, jit of the step": "jax-jit",
     "JAX, jit and scan of the epoch": "jax-scan",
