@@ -34,11 +34,24 @@ struct IntegersOf {
   using type = int32_t;
 };
 #ifndef __CUDACC__
-using Float16Lanes = float __attribute__((vector_size(64)));
-template <>
-struct IntegersOf<Float16Lanes> {
-  using type = int32_t __attribute__((vector_size(64)));
-};
+// Vectors of 4, 8 and 16 floats: what fits a register of some instruction set. Compilers split wider ones badly.
+template <int kLanes>
+struct Lanes;
+#define FASTENC_LANES(kCount)                                        \
+  template <>                                                        \
+  struct Lanes<kCount> {                                             \
+    using Floats = float __attribute__((vector_size(4 * kCount)));   \
+    using Ints = int32_t __attribute__((vector_size(4 * kCount)));   \
+    using Words = uint32_t __attribute__((vector_size(4 * kCount))); \
+  };                                                                 \
+  template <>                                                        \
+  struct IntegersOf<Lanes<kCount>::Floats> {                         \
+    using type = Lanes<kCount>::Ints;                                \
+  };
+FASTENC_LANES(4)
+FASTENC_LANES(8)
+FASTENC_LANES(16)
+#undef FASTENC_LANES
 #endif
 template <class V>
 using Integers = typename IntegersOf<V>::type;

@@ -22,7 +22,7 @@ class Backward {
   Backward(const BackwardArgs& args, const Runtime& runtime)
       : args_(args),
         runtime_(runtime),
-        schedule_(args.M, packed_depth<Op>(1) * kLanes, 2 * multiply_adds_per_row(args.layers, args.depth),
+        schedule_(args.M, packed_depth<Op>(1) * kLeastRows, 2 * multiply_adds_per_row(args.layers, args.depth),
                   runtime.threads),
         plans_(args.depth) {
     bottom_ = 0;
@@ -108,7 +108,7 @@ class Backward {
     return packed_ + plans_.get()[l].packed_offset + panel * kPanel * packed_depth<Op>(args_.layers[l].out);
   }
 
-  // dZ of two layers in turn, [rows, round_up(out, 16)], for a block (or, layerwise, for all).
+  // dZ of two layers in turn, [rows, round_up(out, kLanes)], for a block (or, layerwise, for all).
   struct Buffers {
     Op* dz[2];
     int64_t first_block;

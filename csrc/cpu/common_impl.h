@@ -16,8 +16,16 @@ struct Half {
   uint16_t bits;
 };
 
-constexpr int64_t kLanes = 16;  // floats in one vector; a narrower machine splits it
-constexpr int64_t kPanel = 64;  // columns in one tile of a product
+// Floats in one vector.
+#if defined(FASTENC_AVX512)
+constexpr int64_t kLanes = 16;
+#elif defined(FASTENC_AVX2)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+constexpr int64_t kPanel = 64;      // columns in one tile of a product
+constexpr int64_t kLeastRows = 16;  // in one block of rows
 
 FASTENC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTENC_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -58,7 +66,7 @@ class Scratch {
 constexpr int64_t kParallelWork = int64_t{1} << 21;
 
 // Rows per block. A block's activations stay in the L2 cache; small batches make small blocks, to have enough of them.
-FASTENC_INLINE int64_t rows_per_block(int64_t M) { return M >= 512 ? 64 : M >= 128 ? 32 : 16; }
+FASTENC_INLINE int64_t rows_per_block(int64_t M) { return M >= 512 ? 64 : M >= 128 ? 32 : kLeastRows; }
 
 }  // namespace FASTENC_ISA
 }  // namespace fastenc

@@ -3,27 +3,25 @@
 namespace fastenc {
 namespace FASTENC_ISA {
 
-using WordVec = uint32_t __attribute__((vector_size(64)));
+using WordVec = math::Lanes<kLanes>::Words;
 
 // The upper 32 bits of the product of each lane with a constant.
 FASTENC_INLINE WordVec high_product(WordVec value, uint32_t factor) {
-  using Half8 = uint32_t __attribute__((vector_size(32)));
-  using Wide8 = uint64_t __attribute__((vector_size(64)));
-  Half8 halves[2];
+  using Half = uint32_t __attribute__((vector_size(2 * kLanes)));
+  using Wide = uint64_t __attribute__((vector_size(4 * kLanes)));
+  Half halves[2];
   std::memcpy(halves, &value, sizeof value);
-  for (Half8& half : halves)
-    half = __builtin_convertvector((__builtin_convertvector(half, Wide8) * factor) >> 32, Half8);
+  for (Half& half : halves) half = __builtin_convertvector((__builtin_convertvector(half, Wide) * factor) >> 32, Half);
   std::memcpy(&value, halves, sizeof value);
   return value;
 }
 
-// What dropout multiplies 16 elements with: 0 with probability p, else keep = 1 / (1 - p). Philox 4x32 with 10 rounds
-// (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) of the counters counter, counter + 1, ...; the
-// same numbers as dropout_scale in fastenc/backends/reference.py.
+// What dropout multiplies a vector of elements with: 0 with probability p, else keep = 1 / (1 - p). Philox 4x32 with 10
+// rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) of the counters counter, counter + 1,
+// ...; the same numbers as dropout_scale in fastenc/backends/reference.py.
 FASTENC_INLINE Vec dropout_scale(uint64_t key, uint64_t counter, float p, float keep) {
-  const WordVec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const uint32_t low = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32);
-  WordVec c0 = lanes + low;
+  WordVec c0 = (WordVec)lane_numbers() + low;
   WordVec c1 = (c0 < low ? WordVec{} + 1u : WordVec{}) + high;
   WordVec c2{}, c3{};
   uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);

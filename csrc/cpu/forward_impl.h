@@ -94,7 +94,7 @@ class Forward {
   Forward(const ForwardArgs& args, const Runtime& runtime)
       : args_(args),
         runtime_(runtime),
-        schedule_(args.M, kLanes, multiply_adds_per_row(args.layers, args.depth), runtime.threads),
+        schedule_(args.M, kLeastRows, multiply_adds_per_row(args.layers, args.depth), runtime.threads),
         plans_(args.depth) {
     int64_t packed_size = 0;
     for (int64_t l = 0; l < args.depth; ++l) {

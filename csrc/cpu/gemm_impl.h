@@ -4,53 +4,77 @@
 namespace fastenc {
 namespace FASTENC_ISA {
 
+// Rows of a product's tile, two vectors wide, whose sums stay in registers. AVX-512 has 32 of them, others 16.
 #if defined(FASTENC_AVX512)
-constexpr int kTileRows = 8, kTileVecs = 2;
+constexpr int kTileRows = 8;
+#elif defined(FASTENC_AVX2)
+constexpr int kTileRows = 6;
 #else
-constexpr int kTileRows = 4, kTileVecs = 1;
+constexpr int kTileRows = 4;
 #endif
 
-// C[kRows, 16 kVecs] (+)= A[kRows, K] @ B[K, 16 kVecs].
-template <int kRows, int kVecs>
-inline void portable_tile(int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add_C, const float* A, const float* B,
-                          float* C) {
-  Vec acc[kRows][kVecs] = {};
+// C[kRows, n] (+)= A[kRows, K] @ B[K, n], n = (kVecs - 1) kLanes + last columns; `last` is kLanes unless kPart.
+template <int kRows, int kVecs, bool kPart>
+inline void portable_tile(int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add_C, int64_t last, const float* A,
+                          const float* B, float* C) {
+  const auto whole = [](int v) { return !kPart || v + 1 < kVecs; };
+  Vec acc[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec{};
   for (int64_t k = 0; k < K; ++k) {
     Vec b[kVecs];
-    for (int v = 0; v < kVecs; ++v) b[v] = load(B + k * ldb + v * kLanes);
+    for (int v = 0; v < kVecs; ++v)
+      b[v] = whole(v) ? load(B + k * ldb + v * kLanes) : load_part(B + k * ldb + v * kLanes, last);
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVecs; ++v) acc[r][v] += A[r * lda + k] * b[v];
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) {
       float* c = C + r * ldc + v * kLanes;
-      store(add_C ? load(c) + acc[r][v] : acc[r][v], c);
+      if (whole(v))
+        store(add_C ? load(c) + acc[r][v] : acc[r][v], c);
+      else
+        store_part(add_C ? load_part(c, last) + acc[r][v] : acc[r][v], c, last);
     }
 }
 
-template <int kRows>
-inline void portable_rows(int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add_C, const float* A,
-                          const float* B, float* C) {
-  int64_t n = 0;
-  for (; n + kTileVecs * kLanes <= N; n += kTileVecs * kLanes)
-    portable_tile<kRows, kTileVecs>(K, lda, ldb, ldc, add_C, A, B + n, C + n);
-  for (; n + kLanes <= N; n += kLanes) portable_tile<kRows, 1>(K, lda, ldb, ldc, add_C, A, B + n, C + n);
-  if (n == N) return;
-  for (int r = 0; r < kRows; ++r) {
-    float acc[kLanes] = {};
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t j = 0; j < N - n; ++j) acc[j] += A[r * lda + k] * B[k * ldb + n + j];
-    for (int64_t j = 0; j < N - n; ++j) C[r * ldc + n + j] = add_C ? C[r * ldc + n + j] + acc[j] : acc[j];
+// The same for any number of rows up to kRows.
+template <int kRows, int kVecs, bool kPart>
+inline void portable_rows(int64_t rows, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add_C, int64_t last,
+                          const float* A, const float* B, float* C) {
+  if (rows == kRows) return portable_tile<kRows, kVecs, kPart>(K, lda, ldb, ldc, add_C, last, A, B, C);
+  if constexpr (kRows > 1) portable_rows<kRows - 1, kVecs, kPart>(rows, K, lda, ldb, ldc, add_C, last, A, B, C);
+}
+
+// For any M. Tiles are of about equal heights: a last one of few rows would leave the multipliers idle.
+template <int kVecs, bool kPart>
+inline void portable_strip(int64_t M, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add_C, int64_t last,
+                           const float* A, const float* B, float* C) {
+  int64_t tiles = ceil_div(M, kTileRows);
+  for (int64_t m = 0; m < M; --tiles) {
+    const int64_t rows = ceil_div(M - m, tiles);
+    portable_rows<kTileRows, kVecs, kPart>(rows, K, lda, ldb, ldc, add_C, last, A + m * lda, B, C + m * ldc);
+    m += rows;
   }
 }
 
-// C[M, N] (+)= A[M, K] @ B[K, N], row-major. An element's sum does not depend on M or N.
+// C[M, N] (+)= A[M, K] @ B[K, N], row-major, in strips of B that stay in the L1 cache. An element's sum does not depend
+// on M or N.
 inline void portable_gemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add_C,
                           const float* A, const float* B, float* C) {
-  int64_t m = 0;
-  for (; m + kTileRows <= M; m += kTileRows)
-    portable_rows<kTileRows>(N, K, lda, ldb, ldc, add_C, A + m * lda, B, C + m * ldc);
-  for (; m < M; ++m) portable_rows<1>(N, K, lda, ldb, ldc, add_C, A + m * lda, B, C + m * ldc);
+  constexpr int64_t kWidth = 2 * kLanes;
+  int64_t n = 0;
+  for (; n + kWidth <= N; n += kWidth) portable_strip<2, false>(M, K, lda, ldb, ldc, add_C, kLanes, A, B + n, C + n);
+  if (n + kLanes < N)
+    portable_strip<2, true>(M, K, lda, ldb, ldc, add_C, N - n - kLanes, A, B + n, C + n);
+  else if (n + kLanes == N)
+    portable_strip<1, false>(M, K, lda, ldb, ldc, add_C, kLanes, A, B + n, C + n);
+  else if (n < N)
+    portable_strip<1, true>(M, K, lda, ldb, ldc, add_C, N - n, A, B + n, C + n);
 }
 
 // Long sums are cut, as BLAS libraries do: the error of a sum grows with the number of terms added one after the other.
@@ -106,7 +130,7 @@ inline void dot_tile(int64_t K, const TA* A, int64_t lda, const TB* B, int64_t l
 
 template <int kRows, class TA, class TB>
 inline void dot_rows(int64_t N, int64_t K, const TA* A, int64_t lda, const TB* B, int64_t ldb, float* C, int64_t ldc) {
-  constexpr int kCols = kRows == 1 ? 8 : 4;
+  constexpr int kCols = kRows == 1 ? 8 : kRows == 2 || kTileRows == 8 ? 4 : 2;  // so that registers hold the sums
   int64_t n = 0;
   for (; n + kCols <= N; n += kCols) dot_tile<kRows, kCols>(K, A, lda, B + n * ldb, ldb, C + n, ldc);
   for (; n < N; ++n) dot_tile<kRows, 1>(K, A, lda, B + n * ldb, ldb, C + n, ldc);

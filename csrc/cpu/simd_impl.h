@@ -1,10 +1,10 @@
-// Vectors of 16 floats: loads, stores and conversions of fp32, bf16 and fp16, transposes. Included by stack_impl.h
+// Vectors of kLanes floats: loads, stores and conversions of fp32, bf16 and fp16, transposes. Included by stack_impl.h
 // only.
 
 namespace fastenc {
 namespace FASTENC_ISA {
 
-using Vec = math::Float16Lanes;
+using Vec = math::Lanes<kLanes>::Floats;
 using IntVec = math::Integers<Vec>;
 
 FASTENC_INLINE float to_float(float value) { return value; }
@@ -63,7 +63,7 @@ FASTENC_INLINE void store(Vec value, T* dst) {
 
 // bf16 as integers: compilers make good vector code of these on every machine.
 FASTENC_INLINE IntVec load_bits(const BFloat16* src) {
-  using Bits = uint16_t __attribute__((vector_size(32)));
+  using Bits = uint16_t __attribute__((vector_size(2 * kLanes)));
   Bits bits;
   std::memcpy(&bits, src, sizeof bits);
   return __builtin_convertvector(bits, IntVec);
@@ -79,7 +79,7 @@ FASTENC_INLINE IntVec round_to_bfloat16(Vec value) {
 FASTENC_INLINE Vec load(const BFloat16* src) { return math::bit_cast<Vec>(load_bits(src) << 16); }
 
 FASTENC_INLINE void store_bits(IntVec lanes, BFloat16* dst) {
-  using Bits = uint16_t __attribute__((vector_size(32)));
+  using Bits = uint16_t __attribute__((vector_size(2 * kLanes)));
   const Bits bits = __builtin_convertvector(lanes, Bits);
   std::memcpy(dst, &bits, sizeof bits);
 }
@@ -93,9 +93,27 @@ FASTENC_INLINE Vec load(const Half* src) {
 FASTENC_INLINE void store(Vec value, Half* dst) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(FASTENC_AVX2)
+FASTENC_INLINE Vec load(const Half* src) {
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
+}
+FASTENC_INLINE void store(Vec value, Half* dst) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+}
 #endif
 
-// Up to 15 elements, zero behind them.
+// 0, 1, 2, ...
+FASTENC_INLINE IntVec lane_numbers() {
+  constexpr int32_t kNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  IntVec numbers;
+  std::memcpy(&numbers, kNumbers, sizeof numbers);
+  return numbers;
+}
+
+// All bits set in the first `count` lanes, none behind them.
+FASTENC_INLINE IntVec first_lanes(int64_t count) { return lane_numbers() < static_cast<int32_t>(count); }
+
+// Fewer than kLanes elements, zero behind them.
 template <class T>
 FASTENC_INLINE Vec load_part(const T* src, int64_t count) {
   float lanes[kLanes] = {};
@@ -103,7 +121,7 @@ FASTENC_INLINE Vec load_part(const T* src, int64_t count) {
   return load(lanes);
 }
 
-// The first `count` lanes, up to all 16.
+// The first `count` lanes, up to all.
 template <class T>
 FASTENC_INLINE void store_part(Vec value, T* dst, int64_t count) {
   if (count == kLanes) return store(value, dst);
@@ -119,27 +137,30 @@ FASTENC_INLINE Vec load_part(const float* src, int64_t count) {
 FASTENC_INLINE void store_part(Vec value, float* dst, int64_t count) {
   _mm512_mask_storeu_ps(dst, static_cast<__mmask16>((1u << count) - 1), (__m512)value);
 }
+#elif defined(FASTENC_AVX2)
+FASTENC_INLINE Vec load_part(const float* src, int64_t count) {
+  return (Vec)_mm256_maskload_ps(src, (__m256i)first_lanes(count));
+}
+FASTENC_INLINE void store_part(Vec value, float* dst, int64_t count) {
+  _mm256_maskstore_ps(dst, (__m256i)first_lanes(count), (__m256)value);
+}
 #endif
 
 // The first `count` lanes, zero behind them.
 FASTENC_INLINE Vec zero_behind(Vec value, int64_t count) {
-  float lanes[kLanes] = {};
-  store_part(value, lanes, count);
-  return load(lanes);
+  return math::bit_cast<Vec>(math::bit_cast<IntVec>(value) & first_lanes(count));
 }
 
-template <class Wide, class Narrow>
-FASTENC_INLINE Narrow fold(Wide value) {
-  Narrow halves[2];
-  std::memcpy(halves, &value, sizeof value);
-  return halves[0] + halves[1];
-}
-
-FASTENC_INLINE float sum(Vec value) {
-  using Vec8 = float __attribute__((vector_size(32)));
-  using Vec4 = float __attribute__((vector_size(16)));
-  const Vec4 four = fold<Vec8, Vec4>(fold<Vec, Vec8>(value));
-  return (four[0] + four[2]) + (four[1] + four[3]);
+// The lanes' sum, halves added to each other.
+template <int kCount = kLanes>
+FASTENC_INLINE float sum(typename math::Lanes<kCount>::Floats value) {
+  if constexpr (kCount == 4) {
+    return (value[0] + value[2]) + (value[1] + value[3]);
+  } else {
+    typename math::Lanes<kCount / 2>::Floats halves[2];
+    std::memcpy(halves, &value, sizeof value);
+    return sum<kCount / 2>(halves[0] + halves[1]);
+  }
 }
 
 template <class From, class To>
@@ -153,7 +174,8 @@ inline void convert_row(const From* src, To* dst, int64_t count) {
   }
 }
 
-FASTENC_INLINE void transpose_16x16(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
+// A block of kLanes x kLanes.
+FASTENC_INLINE void transpose_block(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
 #if defined(FASTENC_AVX512)
   __m512 a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(src + i * ld_src);
@@ -179,13 +201,31 @@ FASTENC_INLINE void transpose_16x16(const float* src, int64_t ld_src, float* dst
     _mm512_storeu_ps(dst + (8 + j) * ld_dst, _mm512_shuffle_f32x4(low0, low1, 0xdd));
     _mm512_storeu_ps(dst + (12 + j) * ld_dst, _mm512_shuffle_f32x4(high0, high1, 0xdd));
   }
+#elif defined(FASTENC_AVX2)
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(src + i * ld_src);
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    a[4 * i] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0x44);
+    a[4 * i + 1] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0xee);
+    a[4 * i + 2] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0x44);
+    a[4 * i + 3] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0xee);
+  }
+  // a[4 g + j] holds, in its half k, column 4 k + j of the rows 4 g to 4 g + 3.
+  for (int j = 0; j < 4; ++j) {
+    _mm256_storeu_ps(dst + j * ld_dst, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+    _mm256_storeu_ps(dst + (4 + j) * ld_dst, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+  }
 #else
   for (int64_t c = 0; c < kLanes; ++c)
     for (int64_t r = 0; r < kLanes; ++r) std::memcpy(dst + c * ld_dst + r, src + r * ld_src + c, sizeof(float));
 #endif
 }
 
-// dst[c, r] = src[r, c] for 32-bit words. Writes r up to the next multiple of 16, zero behind `rows`.
+// dst[c, r] = src[r, c] for 32-bit words. Writes r up to the next multiple of kLanes, zero behind `rows`.
 inline void transpose(const float* src, int64_t ld_src, int64_t rows, int64_t cols, float* dst, int64_t ld_dst) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     const int64_t block_rows = std::min(kLanes, rows - r);
@@ -193,13 +233,13 @@ inline void transpose(const float* src, int64_t ld_src, int64_t rows, int64_t co
       const int64_t block_cols = std::min(kLanes, cols - c);
       const float* block = src + r * ld_src + c;
       if (block_rows == kLanes && block_cols == kLanes) {
-        transpose_16x16(block, ld_src, dst + c * ld_dst + r, ld_dst);
+        transpose_block(block, ld_src, dst + c * ld_dst + r, ld_dst);
         continue;
       }
       float in[kLanes * kLanes] = {}, out[kLanes * kLanes];
       for (int64_t i = 0; i < block_rows; ++i)
         std::memcpy(in + i * kLanes, block + i * ld_src, static_cast<size_t>(block_cols) * sizeof(float));
-      transpose_16x16(in, kLanes, out, kLanes);
+      transpose_block(in, kLanes, out, kLanes);
       for (int64_t i = 0; i < block_cols; ++i)
         std::memcpy(dst + (c + i) * ld_dst + r, out + i * kLanes, kLanes * sizeof(float));
     }

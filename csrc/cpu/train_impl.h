@@ -186,7 +186,7 @@ class Training : public AnyTraining {
 template <class Op>
 Training<Op>::Training(const TrainArgs& args)
     : args_(args),
-      block_rows_(args.batch_size >= 128 || !kFloat ? kMostBlockRows : kLanes),
+      block_rows_(args.batch_size >= 128 || !kFloat ? kMostBlockRows : kLeastRows),
       chunk_rows_(std::min(kTrainChunkRows, round_up(args.batch_size, block_rows_))),
       chunk_blocks_(chunk_rows_ / block_rows_),
       plans_(args.depth) {

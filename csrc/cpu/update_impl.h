@@ -6,6 +6,8 @@ namespace FASTENC_ISA {
 FASTENC_INLINE Vec square_root(Vec value) {
 #if defined(FASTENC_AVX512)
   return (Vec)_mm512_sqrt_ps((__m512)value);
+#elif defined(FASTENC_AVX2)
+  return (Vec)_mm256_sqrt_ps((__m256)value);
 #else
   float lanes[kLanes];
   store(value, lanes);
