@@ -24,6 +24,7 @@ inline void portable_tile(int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec{};
   for (int64_t k = 0; k < K; ++k) {
+    __builtin_prefetch(B + k * ldb + kVecs * kLanes);  // the next strip
     Vec b[kVecs];
     for (int v = 0; v < kVecs; ++v)
       b[v] = whole(v) ? load(B + k * ldb + v * kLanes) : load_part(B + k * ldb + v * kLanes, last);
