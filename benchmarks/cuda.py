@@ -54,7 +54,8 @@ SAMPLES = {CALLS: sample_calls, KERNELS: sample_kernels, GRAPHS: sample_kernels}
 def l2_flush() -> Tensor:
     """Memory that, once written, leaves nothing else in the L2."""
     size = torch.cuda.get_device_properties().L2_cache_size
-    return torch.empty(2 * size, dtype=torch.uint8, device="cuda")
+    with torch.inference_mode(False):  # kept for calls outside of it
+        return torch.empty(2 * size, dtype=torch.uint8, device="cuda")
 
 
 def recorded(call: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:

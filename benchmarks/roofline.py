@@ -96,12 +96,13 @@ def least_bytes(M: int, widths: Sequence[int], itemsize: int) -> int:
 
 
 def counted_launches(M: int, widths: Sequence[int], activations: Sequence[str], dtype: torch.dtype) -> list[Launch]:
-    """What the Triton backend launches for the same step, counted while it is interpreted."""
+    """What the Triton backend launches for the same step, counted while it is interpreted; cuBLAS's share as eager's."""
     if not TESTS.is_dir():
         raise SystemExit("Counting needs the tests of a checkout; run it there: python -m benchmarks.roofline")
     if str(TESTS) not in sys.path:
         sys.path.append(str(TESTS))
     import interpreter
+    from fastenc.kernels.weight_gradient import sums_by_cublas
 
     if not interpreter.INTERPRETED:
         raise SystemExit("Counting needs Triton's interpreter: hide the GPU with CUDA_VISIBLE_DEVICES= (empty)")
@@ -113,10 +114,14 @@ def counted_launches(M: int, widths: Sequence[int], activations: Sequence[str], 
     with fastenc.use_backend("triton"), interpreter.watched() as launches:
         out = encoder(x, weights, biases, activations)
         torch.autograd.grad(out, parameters, torch.randn(out.shape, generator=generator).to(dtype))
-    return [
+    counted = [
         Launch(launch.kernel, launch.loaded + launch.stored, launch.flops, math.prod(launch.grid))
         for launch in launches
     ]
+    if sums_by_cublas(M, dtype):
+        K, N = widths[:2]
+        counted.append(Launch("mm, weight", (M * N + M * K + N * K) * dtype.itemsize, 2 * M * K * N))
+    return counted
 
 
 def table(rows: Sequence[int], widths: Sequence[int], activations: Sequence[str], dtype: torch.dtype) -> str:

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.library import Library
 
 from .activation import get_activation
-from .backends import BACKENDS, reference, rule
+from .backends import BACKENDS, choice, reference, rule
 
 CHOICES = ("auto", *BACKENDS)
 
@@ -140,6 +140,8 @@ def select(
     """
     forced = _forced.get()
     candidates = _ON_DEVICE.get(x.device.type, []) if forced == "auto" else [BACKENDS[forced]]
+    if forced == "auto" and x.is_cuda and _recorder.get() is None and _none_wins(x, weights, activations, training):
+        return None  # without asking for reasons that nobody reads
     reasons, unavailable = [], []
     for backend in candidates:
         reason = _why_not(backend, x, weights, biases)
@@ -161,6 +163,13 @@ def select(
         _warn_once("; ".join(unavailable))
     reason = "; ".join(reasons) or f"there are no kernels for tensors on {x.device}"
     return _decide(x, weights, biases, activations, None, reason)
+
+
+def _none_wins(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str], training: bool) -> bool:
+    """Whether eager PyTorch is chosen for these layers whatever else there is to say of them. False: not known."""
+    if x.dim() != 2 or any(weight.dim() != 2 for weight in weights):
+        return False
+    return choice.none_wins(choice.problem_of(x, weights, activations, training), x.device)
 
 
 def parts(x: Tensor, weights: Sequence[Tensor]) -> list[slice] | None:

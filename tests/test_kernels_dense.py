@@ -204,7 +204,7 @@ def test_tf32_where_pytorch_allows_it(wide):
         expected = torch.full((32, 32), 32.0 if allowed == "tf32" else 32 + 2**-7, device=DEVICE)
         with matmul_precision(allowed):
             out, _ = dense_forward(more, ones, None, "identity", False)
-            assert is_wide(128, 784, torch.float32) == (allowed == "ieee")
+            assert is_wide(32, 128, 784, torch.float32) == (allowed == "ieee")
             grads = dense_backward(more, ones, ones, ones, "identity", (True, True, False), wide=wide)[:2]
         for actual in (out, *([] if wide else grads)):  # wide, the products are ATen's
             torch.testing.assert_close(actual, expected, rtol=0, atol=0)

@@ -68,11 +68,17 @@ def test_what_descriptors_can_describe():
 
 def test_wide_layers_by_rule():
     is_wide = dense_backward.is_wide
-    assert not is_wide(128, 4096, torch.bfloat16)
-    assert not is_wide(4096, 128, torch.float16)
-    assert is_wide(256, 256, torch.bfloat16)
-    assert is_wide(128, 784, torch.float32)
-    assert not is_wide(64, 784, torch.float32)
+    assert not is_wide(32, 128, 4096, torch.bfloat16)
+    assert not is_wide(32, 4096, 128, torch.float16)
+    assert is_wide(32, 256, 256, torch.bfloat16)
+    assert is_wide(32, 128, 784, torch.float32)
+    assert not is_wide(32, 64, 784, torch.float32)
+
+
+def test_long_sums_on_tensor_cores_are_left_to_cublas():
+    is_wide = dense_backward.is_wide
+    assert (is_wide(1023, 16, 16, torch.bfloat16), is_wide(1024, 16, 16, torch.bfloat16)) == (False, True)
+    assert not is_wide(65536, 64, 64, torch.float32)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="launches are counted by the interpreter")

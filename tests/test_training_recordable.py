@@ -177,7 +177,7 @@ def test_a_loss_that_becomes_nan_is_found_at_its_step():
     x = make_x(48)
     x[0] = 1e30
     trainer = make_trainer(make_model(), "sgd", lr=1e10)
-    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     with pytest.raises(FloatingPointError, match=r"in epoch 1, step \d"):
         fit(trainer, x)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))

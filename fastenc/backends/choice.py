@@ -77,12 +77,25 @@ def _verdict(
     return Verdict(ratio * rule.GAIN > 1, words)
 
 
+@functools.lru_cache(maxsize=4096)
+def none_wins(problem: rule.Problem, device: torch.device) -> bool:
+    """Whether no usable backend says yes to such layers. False too where none is usable: that is worth a word."""
+    usable = [name for name in KERNELS if _is_usable(name)]
+    return bool(usable) and not any(
+        _verdict(name, _backend(name).is_narrow, problem, device).chosen for name in usable
+    )
+
+
 def _modelled(backend: str, problem: rule.Problem, device: torch.device) -> float:
     return rule.ratio(problem, gpu.arch(device), KERNELS[backend])
 
 
 def _is_usable(backend: str) -> bool:
-    return importlib.import_module(f"fastenc.backends.{backend}").why_unavailable() is None
+    return _backend(backend).why_unavailable() is None
+
+
+def _backend(name: str) -> Any:
+    return importlib.import_module(f"fastenc.backends.{name}")
 
 
 def choose(problem: rule.Problem, device: torch.device, microseconds: Mapping[str, float]) -> str | None:
@@ -91,6 +104,7 @@ def choose(problem: rule.Problem, device: torch.device, microseconds: Mapping[st
     microseconds: of "eager", and of each backend measured; of equals the first is chosen.
     """
     _verdict.cache_clear()
+    none_wins.cache_clear()
     fastest = min(microseconds, key=microseconds.__getitem__)
     times = {f"{name}_us": time for name, time in microseconds.items()}
     entry: dict[str, Any] = {"backend": fastest, **times, "of": str(problem)}
@@ -114,5 +128,6 @@ def tuning() -> Any:
 def forget() -> None:
     """Decide afresh, by what the cache on disk holds now."""
     _verdict.cache_clear()
+    none_wins.cache_clear()
     if tuning():
         tuning().forget()

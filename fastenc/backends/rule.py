@@ -1,12 +1,13 @@
-"""When a GPU backend's kernels should be faster than eager PyTorch: a model, not a measurement.
+"""When a GPU backend's kernels should be faster than eager PyTorch: a model, with constants measured on one GPU.
 
 A step takes the longer of what its host needs to launch it and what its device needs to run it. The device needs, for
-each kernel, KERNEL microseconds and the longer of arithmetic and memory traffic, by the GPU's datasheet. Fusing saves
-the passes over the activations and launches; it costs where our product is slower than cuBLAS's, and a launch of a
-Triton kernel costs the host more than that of an eager operator; one of ours in C++ costs it as much. In a CUDA graph
-the host costs nothing.
+each kernel, KERNEL microseconds and the longer of arithmetic and memory traffic, by the GPU's datasheet; a stack of
+layers at least what one program needs for the sums that it makes alone. Fusing saves the passes over the activations
+and launches; it costs where our product is slower than cuBLAS's, and a launch of a Triton kernel costs the host more
+than that of an eager operator. In a CUDA graph the host costs nothing.
 
-What is assumed is in the constants. `fastenc tune` measures, and what it finds goes before this rule.
+The constants are of an H200 with an Intel Xeon as its host (benchmarks/results/nvidia-h200-2026-11-28); what other GPUs
+reach of theirs is assumed from it. `fastenc tune` measures, and what it finds goes before this rule.
 """
 
 from __future__ import annotations
@@ -21,14 +22,22 @@ import torch
 as_if_captured: ContextVar[bool] = ContextVar("fastenc_as_if_captured", default=False)
 
 # Microseconds.
-EAGER_OP = 5.0  # the host, for one operator of eager PyTorch and its share of autograd
-FUNCTION = 10.0  # the host, for an autograd Function in Python, in either direction
+EAGER_OP = 15.0  # the host, for one operator of eager PyTorch
+EAGER_TRAINED_OP = 30.0  # the same in training, with its share of autograd
+FUNCTION = 75.0  # the host, for an autograd Function in Python, in either direction
 KERNEL = 2.0  # the device, for beginning and ending a kernel
-STEP = 0.3  # the device, for STEP_K columns of a sum that one program makes alone; cuBLAS cuts such sums in pieces
 
 STEP_K = 64
-SHARE_WITHOUT = 0.5  # of cuBLAS's rate that our products reach without tensor cores
-GAIN = 0.95  # our time must be less than this share of eager's: nearer than that the model cannot tell
+GAIN = 0.9  # our time must be less than this share of eager's: nearer than that the model cannot tell
+
+
+class Speeds(NamedTuple):
+    """What a backend's kernels reach, on tensor cores or without them."""
+
+    step: float  # microseconds for STEP_K columns of a sum that one program makes alone; cuBLAS cuts such sums in pieces
+    chain: float  # microseconds at least for the backward pass of a stack
+    fused: float  # microseconds at least for that of a dense layer, made without writing dZ
+    shares: Mapping[int, float]  # of the datasheet's rate that products reach, from a compute capability on
 
 
 class Kernels(NamedTuple):
@@ -36,14 +45,32 @@ class Kernels(NamedTuple):
 
     choice: float  # microseconds of the host, to choose and call them from Python, beside the launch
     launch: float  # microseconds of the host
+    layer: float  # microseconds of the host, for each layer of a launch backward
     leaves_products: bool  # whether a dense layer's products are left to cuBLAS where that is faster, see `fuses`
     widest: float  # the most outputs of a dense layer whose gradients are made without writing dZ
-    shares: Mapping[int, float]  # of cuBLAS's rate that products reach on tensor cores, from a compute capability on
+    tensor: Speeds
+    plain: Speeds
 
 
-TRITON = Kernels(0.0, 15.0, leaves_products=False, widest=float("inf"), shares={80: 0.75})
+TRITON = Kernels(
+    20.0,
+    60.0,
+    35.0,
+    leaves_products=False,
+    widest=float("inf"),
+    tensor=Speeds(0.3, 10.0, 2.0, {80: 0.3}),
+    plain=Speeds(8.0, 10.0, 2.0, {80: 0.1}),
+)
 # Theirs are warps' products, mma.sync, of which newer GPUs have larger kinds that alone reach their rate.
-CUDA = Kernels(5.0, 5.0, leaves_products=True, widest=128, shares={80: 0.65, 90: 0.35, 100: 0.2, 120: 0.65})
+CUDA = Kernels(
+    20.0,
+    30.0,
+    10.0,
+    leaves_products=True,
+    widest=128,
+    tensor=Speeds(3.0, 30.0, 25.0, {80: 0.2, 90: 0.09, 100: 0.05, 120: 0.2}),
+    plain=Speeds(10.0, 40.0, 35.0, {80: 0.3}),
+)
 
 
 class Datasheet(NamedTuple):
@@ -117,8 +144,8 @@ def fuses(problem: Problem, arch: int, kernels: Kernels) -> tuple[bool, bool]:
     """Whether the kernels make the forward, and the backward pass of a dense layer in less time than passes of ours or
     PyTorch's around cuBLAS's products. (Backward these are a kernel more: our sum for the bias has a second one.)
     """
-    sheet, share = datasheet(arch), _share(problem, arch, kernels)
-    forward, backward = _forward(problem, sheet, share), _backward(problem, sheet, share, kernels.widest)
+    sheet, share, speeds = datasheet(arch), _share(problem, arch, kernels), _speeds(problem, kernels)
+    forward, backward = _forward(problem, sheet, share, speeds.step), _backward(problem, sheet, share, speeds, kernels.widest)
     return forward[0] <= forward[1], backward[0] <= backward[1] + KERNEL
 
 
@@ -140,6 +167,7 @@ def _layers(problem: Problem) -> list[tuple[int, int, bool]]:
 
 
 def _eager(problem: Problem, sheet: Datasheet) -> Work:
+    host = EAGER_TRAINED_OP if problem.training else EAGER_OP
     ops, device = 0, 0.0
     for K, N, active in _layers(problem):
         size = problem.M * N
@@ -148,55 +176,68 @@ def _eager(problem: Problem, sheet: Datasheet) -> Work:
         if problem.training:  # the activation's derivative, both products, the bias's sum
             ops += 3 + active
             device += 2 * _product(problem, sheet, N, K) + _traffic(problem, sheet, (3 * active + 1) * size)
-    return Work(ops * EAGER_OP, device + ops * KERNEL)
+    return Work(ops * host, device + ops * KERNEL)
 
 
 def _ours(problem: Problem, arch: int, kernels: Kernels) -> Work:
     """One kernel forward, two where the product is left to cuBLAS, and three backward."""
     sheet, share = datasheet(arch), _share(problem, arch, kernels)
     launches = 1 + 3 * problem.training
-    host = kernels.choice + launches * kernels.launch + 2 * FUNCTION * problem.training
-    if len(problem.activations) > 1:
-        return Work(host, _stack(problem, sheet, share) + launches * KERNEL)
-    fused, apart = _forward(problem, sheet, share)
+    layers = len(problem.activations)
+    host = kernels.choice + launches * kernels.launch
+    host += problem.training * (2 * FUNCTION + 3 * layers * kernels.layer)
+    if layers > 1:
+        return Work(host, _stack(problem, sheet, _speeds(problem, kernels), share) + launches * KERNEL)
+    speeds = _speeds(problem, kernels)
+    fused, apart = _forward(problem, sheet, share, speeds.step)
     leaves = kernels.leaves_products and apart < fused
     device = launches * KERNEL + (apart if leaves else fused)
     if problem.training:
-        device += min(_backward(problem, sheet, share, kernels.widest))
+        loading, writing = _backward(problem, sheet, share, speeds, kernels.widest)
+        device += min(loading, writing + KERNEL)
     return Work(host + leaves * (problem.activations[0] != "identity") * kernels.launch, device)
 
 
+def _speeds(problem: Problem, kernels: Kernels) -> Speeds:
+    return kernels.tensor if problem.tensor_cores else kernels.plain
+
+
 def _share(problem: Problem, arch: int, kernels: Kernels) -> float:
-    return kernels.shares[_nearest(kernels.shares, arch)] if problem.tensor_cores else SHARE_WITHOUT
+    shares = _speeds(problem, kernels).shares
+    return shares[_nearest(shares, arch)]
 
 
-def _forward(problem: Problem, sheet: Datasheet, share: float) -> tuple[float, float]:
+def _forward(problem: Problem, sheet: Datasheet, share: float, step: float) -> tuple[float, float]:
     """A dense layer's forward pass in one kernel; and as cuBLAS's product, then one kernel more for the activation."""
     ((K, N, active),) = _layers(problem)
-    one = max(_product(problem, sheet, N, K, share), STEP * K / STEP_K)
+    one = max(_product(problem, sheet, N, K, share), step * K / STEP_K)
     return one, _product(problem, sheet, N, K) + active * (_traffic(problem, sheet, 2 * problem.M * N) + KERNEL)
 
 
-def _backward(problem: Problem, sheet: Datasheet, share: float, widest: float) -> tuple[float, float]:
+def _backward(
+    problem: Problem, sheet: Datasheet, share: float, speeds: Speeds, widest: float
+) -> tuple[float, float]:
     """Its backward pass with the derivative applied as both products load; and with dZ written once, for cuBLAS."""
     ((K, N, active),) = _layers(problem)
     size = problem.M * N
     fused = _product(problem, sheet, N, K, share)
-    loading = fused + max(fused, STEP * N / STEP_K) + _traffic(problem, sheet, 2 * active * size)
+    loading = max(speeds.fused, fused + max(fused, speeds.step * N / STEP_K)) + _traffic(problem, sheet, 2 * active * size)
     if widest < N:
         loading = float("inf")
     writing = 2 * _product(problem, sheet, N, K) + _traffic(problem, sheet, (1 + 2 * active) * size)
     return loading, writing
 
 
-def _stack(problem: Problem, sheet: Datasheet, share: float) -> float:
+def _stack(problem: Problem, sheet: Datasheet, speeds: Speeds, share: float) -> float:
     """Hidden outputs stay on chip; they are written for, and read by, the backward pass."""
     outputs, weights = sum(problem.widths[1:]), sum(K * N for K, N, _ in _layers(problem))
     inputs = problem.widths[0]
     rate = share * (sheet.tensor * 2 / problem.dtype.itemsize if problem.tensor_cores else sheet.plain)
     operations = 2e-6 * problem.M * weights / rate
     kept = outputs if problem.training else problem.widths[-1]
-    time = max(operations, _traffic(problem, sheet, problem.M * (inputs + kept) + weights), STEP * inputs / STEP_K)
+    alone = speeds.step * sum(problem.widths[:-1]) / STEP_K
+    time = max(operations, _traffic(problem, sheet, problem.M * (inputs + kept) + weights), alone)
     if problem.training:
-        time += max(2 * operations, _traffic(problem, sheet, problem.M * (inputs + 2 * outputs) + 2 * weights))
+        traffic = _traffic(problem, sheet, problem.M * (inputs + 2 * outputs) + 2 * weights)
+        time += max(2 * operations, traffic, speeds.chain)
     return time

@@ -82,10 +82,10 @@ class EngineSteps:
             result = train_rows(model, loss, update, rows, order, batch_size, after_step)
             self._taken += len(result[0])
             return result
-        order = torch.arange(len(rows)) if order is None else order.contiguous()
+        order = torch.arange(len(rows), device="cpu") if order is None else order.contiguous()
         batches = order.split(batch_size)
-        counts = torch.tensor([len(batch) for batch in batches])
-        losses = torch.full((len(batches),), torch.nan, dtype=torch.float64)
+        counts = torch.tensor([len(batch) for batch in batches], device="cpu")
+        losses = torch.full((len(batches),), torch.nan, dtype=torch.float64, device="cpu")
         seed = int(torch.randint(2**62, ())) if self._drops else 0
         done = 0
         while done < len(batches):
@@ -281,7 +281,7 @@ def _fill_state(optimizer: Optimizer) -> None:
                 continue
             state = optimizer.state[parameter]
             if not isinstance(optimizer, SGD) and "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for moment in moments:
                 if state.get(moment) is None:
                     state[moment] = torch.zeros_like(parameter)

@@ -75,6 +75,8 @@ class CudaRecorder:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 work()
         except BaseException:
-            graph.reset()  # so that the generator and the allocator stop recording as well
+            graph.reset()  # so that the allocator stops recording as well
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
+                pass  # and the generator of random numbers, which a recording takes along and its end sets free
             raise
         return graph.replay

@@ -58,7 +58,7 @@ class Rows:
         So are rows that are read-only, since a model may write to its input.
         """
         if order is None and self.read_only:
-            order = torch.arange(len(self))
+            order = torch.arange(len(self), device=self.x.device)
         if order is None:
             yield from zip(self.x.split(batch_size), self.target.split(batch_size), strict=True)
             return

@@ -53,7 +53,7 @@ def train_batches(
         counts.append(x.shape[0])
         if after_step is not None and after_step(len(losses) - 1, value):
             break
-    return torch.stack(losses), torch.tensor(counts)
+    return torch.stack(losses), torch.tensor(counts, device="cpu")
 
 
 def take_step(

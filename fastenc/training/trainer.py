@@ -232,7 +232,7 @@ class Trainer:
         hook = after_step if listeners else None
         update = replace(self._update, optimizer=self.optimizer)  # a callback may have set another
         if isinstance(train, Rows):
-            order = torch.randperm(len(train)).to(train.x.device) if shuffle else None
+            order = torch.randperm(len(train), device="cpu").to(train.x.device) if shuffle else None
             assert whole is not None
             losses, counts = whole.train(self.model, self._loss, update, order, hook)
         else:

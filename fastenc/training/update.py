@@ -71,10 +71,10 @@ class Update:
         """The learning rates of the next `count` steps: float64 [count, groups]. For steps taken as a whole."""
         groups = self.optimizer.param_groups
         if self.rate is None:
-            rates = torch.tensor([[float(group["lr"]) for group in groups]], dtype=torch.float64)
+            rates = torch.tensor([[float(group["lr"]) for group in groups]], dtype=torch.float64, device="cpu")
             return rates.expand(count, -1).contiguous()
         values = [[rate_at(self.rate, self.steps.taken + step)] * len(groups) for step in range(count)]
-        return torch.tensor(values, dtype=torch.float64)
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def advance(self, count: int) -> None:
         """What `begin` does, for `count` steps that were taken at `rates`."""

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from .dense_input_gradient import dense_input_gradient
-from .device import precision
+from .device import uses_tensor_cores
 from .preact_gradient import preact_gradient
 from .reduce import reduce
-from .weight_gradient import Layer, weight_gradient
+from .weight_gradient import Layer, sums_by_cublas, weight_gradient
 
 
-def is_wide(N: int, K: int, dtype: torch.dtype) -> bool:
+def is_wide(M: int, N: int, K: int, dtype: torch.dtype) -> bool:
     """Whether to write dZ [M, N] once, and leave the products to ATen, for a layer of K inputs and N outputs.
 
-    By counting elements, with C = K / 128 tiles along K, each of which loads all rows of dZ's factors:
+    Few rows: by counting elements, with C = K / 128 tiles along K, each of which loads all rows of dZ's factors:
 
     - Fused, both products load grad_out and saved for each tile and apply the derivative again: 2 * 2 * M * N * C.
       Written once, dZ costs 3 * M * N, then one load for each tile: 3 * M * N + 2 * M * N * C. Fused is less if
@@ -29,10 +29,11 @@ def is_wide(N: int, K: int, dtype: torch.dtype) -> bool:
     So fused loses where both N and K are above 128; there cuBLAS, which ATen calls, is the better product as well. fp32
     without tensor cores is bound by arithmetic: writing dZ takes about the time of a product with K = 32 (A100:
     12 bytes at 2 TB/s against 2 K operations at 19.5 TFLOP/s), so cuBLAS is left to it as soon as both are above 64.
-    An argument, not a measurement.
+
+    Many rows, on tensor cores: see `sums_by_cublas`.
     """
-    tensor_cores = dtype.itemsize == 2 or precision(dtype) == "tf32"
-    return min(N, K) > (128 if tensor_cores else 64)
+    tensor_cores = uses_tensor_cores(dtype)
+    return sums_by_cublas(M, dtype) or min(N, K) > (128 if tensor_cores else 64)
 
 
 def dense_backward(
@@ -67,7 +68,7 @@ def dense_backward(
         )
     needed = None if activation == "identity" else saved
     grad_x = grad_weight = grad_bias = None
-    if is_wide(N, K, grad_out.dtype) if wide is None else wide:
+    if is_wide(M, N, K, grad_out.dtype) if wide is None else wide:
         wanted = (want_x or want_weight, want_bias)
         dz, grad_bias = preact_gradient(grad_out, needed, activation, wanted, dropout, seed, int64)
         if dz is not None:

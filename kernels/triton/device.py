@@ -69,3 +69,8 @@ def precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
+
+
+def uses_tensor_cores(dtype: torch.dtype) -> bool:
+    """Whether products in this dtype are made on tensor cores."""
+    return dtype.itemsize == 2 or precision(dtype) == "tf32"
