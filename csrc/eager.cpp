@@ -59,6 +59,20 @@ Tensor activate(const Tensor& z, int64_t activation) {
   }
 }
 
+// The same in the memory of z, where no gradient follows.
+Tensor activate_in_place(Tensor z, int64_t activation) {
+  switch (static_cast<ActivationKind>(activation)) {
+    case ActivationKind::kRelu: return at::relu_(z);
+    case ActivationKind::kLeakyRelu: return at::leaky_relu_(z, fastenc::LeakyRelu::kSlope);
+    case ActivationKind::kSigmoid: return at::sigmoid_(z);
+    case ActivationKind::kTanh: return at::tanh_(z);
+    case ActivationKind::kGelu: return at::gelu_(z);
+    case ActivationKind::kGeluTanh: return at::gelu_(z, "tanh");
+    case ActivationKind::kSilu: return at::silu_(z);
+    default: return z;
+  }
+}
+
 // grad times the derivative, from ATen operators that can be differentiated again.
 Tensor activate_backward(const Tensor& grad, const Tensor& saved, int64_t activation) {
   switch (static_cast<ActivationKind>(activation)) {
@@ -228,6 +242,15 @@ Tensor run_stack(const Tensor& x, at::TensorList parameters, at::IntArrayRef act
     Tensor out = x;
     for (size_t l = 0; l < depth; ++l) out = activate(at::linear(out, weights[l], optional(biases[l])), activations[l]);
     return out;
+  }
+  if (depth == 1 && x.scalar_type() == at::kFloat && x.numel() > 0) {
+    const Tensor& weight = weights[0];
+    const bool training = at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() ||
+                                                         (biases[0].defined() && biases[0].requires_grad()));
+    if (kernel_access().leaves_to_aten(x.numel() / x.size(-1), weight.size(0), weight.size(1), training)) {
+      Tensor z = at::linear(x, weight, optional(biases[0]));
+      return training ? activate(z, activations[0]) : activate_in_place(std::move(z), activations[0]);
+    }
   }
   Tensor rows = x.dim() == 2 ? x : x.reshape({c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), x.size(-1)});
   // What lies below the first layer that has a gradient needs none, and saves nothing.

@@ -152,8 +152,6 @@ def select(
             reason = "its kernels have no dropout, so that the layers run one by one"
         elif forced != "auto":
             return _decide(x, weights, biases, activations, backend, "asked for")
-        elif not hasattr(backend, "verdict"):
-            return _decide(x, weights, biases, activations, backend, "fastest for these arguments")
         else:
             chosen, reason = backend.verdict(x, weights, activations, training)
             if chosen:

@@ -125,6 +125,17 @@ std::string configure(const std::string& isa, bool brgemm) {
   return text;
 }
 
+bool leaves_to_aten(int64_t M, int64_t N, int64_t K, bool training) {
+  constexpr int64_t kLeastRows = 16;          // of which a weight is packed
+  constexpr int64_t kLeastWork = 512 << 10;   // multiply-adds: below it is a call's own time that counts
+  constexpr int64_t kFewRows = 4;             // a gradient of which is a few outer products
+  constexpr int64_t kLargeWeight = 64 << 10;  // elements: writing its gradient is what takes time
+  constexpr int64_t kWideLayer = 600 << 10;   // elements of a weight of which the gradients' products take all the time
+  if (state().borrowed.brgemm_float != nullptr) return false;
+  if (!training) return M >= kLeastRows && M * N * K >= kLeastWork;
+  return N * K >= (M <= kFewRows ? kLargeWeight : kWideLayer);
+}
+
 double brgemm_gflops(bool bfloat16) {
   constexpr int64_t kRows = 64, kCols = 64, kDepth = 768, kCalls = 400;
   const Runtime borrowed = runtime();

@@ -70,6 +70,15 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return None
 
 
+def verdict(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str], training: bool) -> tuple[bool, str]:
+    """Whether these layers are faster here than in eager PyTorch, and why in words. Measured; csrc/eager.cpp asks too."""
+    if x.dtype == torch.float32 and len(weights) == 1:
+        M, K, N = *x.shape, weights[0].shape[0]
+        if torch.ops.fastenc_cpu.leaves_to_aten.default(M, N, K, training):
+            return False, "without AVX-512 eager PyTorch's product is as fast, and needs no packing of weights"
+    return True, "fastest for these arguments"
+
+
 def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     """See `fastenc::dense_forward`."""
     return torch.ops.fastenc_cpu.dense_forward.default(x, weight, bias, activation_code(activation), save)
