@@ -179,8 +179,8 @@ class EngineSteps:
                 "the model is not a plain FusedDense, Encoder, AutoEncoder, Classifier or Regressor: it is of another "
                 "class, or has hooks"
             )
-        if name is None:
-            return "the loss is a function that the engine does not know"
+        if name not in LOSS_CODES:
+            return "the loss is a function that the engine does not know" if name is None else f"the loss is {name}"
         if reason := hook_reason(model, update.optimizer):
             return reason
         if reason := _optimizer_reason(model, update.optimizer):

@@ -43,7 +43,8 @@ class Trainer:
         clip_norm: the most that the norm of all gradients together may be: larger ones are scaled down to it.
         clip_value: the most that each element of a gradient may be, up or down. Not together with clip_norm.
         loss: "mse", "mae", "huber" (delta 1), "cross_entropy" (the model gives logits), "bce" (the model gives
-            probabilities), "bce_with_logits", or a function of (prediction, target) that gives the mean over the rows.
+            probabilities), "bce_with_logits", "cosine", "info_nce" (the target is each row's partner), "triplet" (of
+            labels; both over the rows of a batch), or a function of (prediction, target): the mean over the rows.
         seed: makes shuffling and dropout repeatable: the Trainer draws from random numbers of its own and PyTorch's
             global ones stay as they are, and `fit` for one epoch twice is `fit` for two. None: from the global ones.
         device: where to put the model; None leaves it where it is. Data follows the model.
