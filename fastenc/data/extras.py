@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 
 _PACKAGES = {"sklearn": "scikit-learn"}  # where pip's name is not the module's
+_ALONE = {"torchvision"}  # in none of fastenc's extras
 
 
 def require(module: str, purpose: str) -> ModuleType:
@@ -22,4 +23,5 @@ def require(module: str, purpose: str) -> ModuleType:
         if error.name != top:  # the package is there, and something that it needs is not
             raise
         package = _PACKAGES.get(top, top)
-        raise ModuleNotFoundError(f'{purpose} needs {package}; run: pip install "fastenc[app]"', name=top) from None
+        install = '"fastenc[app]"' if top not in _ALONE else package
+        raise ModuleNotFoundError(f"{purpose} needs {package}; run: pip install {install}", name=top) from None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastenc.data import DataError
 
+from .augmented import Augment, AugmentedRows, augmented
 from .callbacks import Callback, History
 from .engine import EngineSteps
 from .graph import WholeSteps
@@ -103,6 +104,7 @@ class Trainer:
         shuffle: bool = True,
         callbacks: Sequence[Callback] = (),
         verbose: bool | str = "auto",
+        augment: Augment | None = None,
     ) -> History:
         """Train for `epochs` passes over the rows.
 
@@ -113,6 +115,9 @@ class Trainer:
             validation_data: x, or (x, y), to measure after each epoch; validation_split is then not looked at.
             shuffle: take the rows in a new random order in each epoch.
             verbose: "auto" shows a progress bar where stderr is a terminal, True always, False never.
+            augment: of `fastenc.data.augmentation`, any function from a batch [rows, features] to one of its shape, or
+                a list of these: applied to all training rows anew before each epoch (batch by batch where they come
+                from a Dataset or DataLoader). Without y the target stays the clean x. Makes a copy of x.
 
         Returns: History, in which "loss" is the mean over the rows of an epoch, each as it was when its step was taken.
 
@@ -137,6 +142,8 @@ class Trainer:
             if not isinstance(train, Rows):
                 raise DataError("validation_split needs arrays, and x is a Dataset or DataLoader; give validation_data")
             train, validation = train.split(validation_split)
+        if augment is not None:
+            train = augmented(train, augment, self.model, self.loss)
         callbacks = [*callbacks, *([Progress(epochs)] if wants_progress(verbose) else [])]
         for callback in callbacks:
             callback.trainer = self
@@ -232,6 +239,8 @@ class Trainer:
 
         hook = after_step if listeners else None
         update = replace(self._update, optimizer=self.optimizer)  # a callback may have set another
+        if isinstance(train, AugmentedRows):
+            train.renew()
         if isinstance(train, Rows):
             order = torch.randperm(len(train)).to(train.x.device) if shuffle else None
             assert whole is not None
