@@ -2,7 +2,9 @@
 
 from .encoder import AutoEncoder, Classifier, Encoder, Regressor
 from .explain import explain
+from .finetuning import FineTuned, GradualUnfreezing, finetune
 from .functional import encoder, fused_dense
+from .lora import add_lora, load_lora, merge_lora, save_lora
 from .modules import FusedDense
 from .ops import use_backend
 from .pretrained import ModelFileError, load_preprocessing, load_pretrained
@@ -17,16 +19,23 @@ __all__ = [
     "Classifier",
     "EarlyStopping",
     "Encoder",
+    "FineTuned",
     "FusedDense",
+    "GradualUnfreezing",
     "History",
     "ModelFileError",
     "Regressor",
     "Trainer",
+    "add_lora",
     "encoder",
     "explain",
+    "finetune",
     "fused_dense",
+    "load_lora",
     "load_preprocessing",
     "load_pretrained",
+    "merge_lora",
+    "save_lora",
     "tune",
     "use_backend",
 ]

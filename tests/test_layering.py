@@ -19,8 +19,9 @@ PACKAGE = ROOT / "fastenc"
 # an error, so that it gets its place.
 LAYERS = (
     {"__main__", "cli", "info", "pipeline", "plots", "record", "report", "vectors"},
+    {"finetuning"},
     {"training"},
-    {"encoder", "explain", "pretrained", "tune"},
+    {"encoder", "explain", "lora", "pretrained", "tune"},
     {"modules"},
     {"functional"},
     {"ops"},
@@ -29,7 +30,7 @@ LAYERS = (
 )
 EXTENSIONS = {"_C", "_C_cuda"}
 # Knows nothing of fastenc; only these layers know it.
-DATA, ABOVE_DATA = "data", LAYERS[0] | LAYERS[1]
+DATA, ABOVE_DATA = "data", LAYERS[0] | LAYERS[1] | LAYERS[2]
 
 # Each import of them costs a noticeable part of a second, and only the extra `app` brings them.
 HEAVY = {"matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "tqdm", "triton", "typer"}
