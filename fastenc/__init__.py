@@ -6,6 +6,7 @@ from .finetuning import FineTuned, GradualUnfreezing, finetune
 from .functional import encoder, fused_dense
 from .lora import add_lora, load_lora, merge_lora, save_lora
 from .modules import FusedDense
+from .multitask import MultiTask, Task
 from .ops import use_backend
 from .pretrained import ModelFileError, load_preprocessing, load_pretrained
 from .training import Callback, EarlyStopping, History, Trainer
@@ -24,7 +25,9 @@ __all__ = [
     "GradualUnfreezing",
     "History",
     "ModelFileError",
+    "MultiTask",
     "Regressor",
+    "Task",
     "Trainer",
     "add_lora",
     "encoder",

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "fastenc"
 # an error, so that it gets its place.
 LAYERS = (
     {"__main__", "cli", "info", "pipeline", "plots", "record", "report", "vectors"},
-    {"finetuning"},
+    {"finetuning", "multitask"},
     {"training"},
     {"encoder", "explain", "lora", "pretrained", "tune"},
     {"modules"},

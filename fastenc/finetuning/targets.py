@@ -129,6 +129,8 @@ def _labels(y: Any, rows: int, name: str) -> np.ndarray | None:
     array = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
     if array.ndim != 1:
         return None
+    if array.dtype.kind == "U" and isinstance(y, (list, tuple)):
+        array = np.asarray(y, dtype=object)  # numpy makes text of None and NaN beside text
     if len(array) != rows:
         raise DataError(f"{name} has {len(array)} labels and x has {rows} rows; give one for each row")
     if array.dtype.kind == "O":
