@@ -1,5 +1,7 @@
 """fastenc: fused Dense + bias + activation layers, encoders and their training for PyTorch."""
 
+from typing import Any
+
 from .encoder import AutoEncoder, Classifier, Encoder, Regressor
 from .explain import explain
 from .finetuning import FineTuned, GradualUnfreezing, finetune
@@ -42,3 +44,11 @@ __all__ = [
     "tune",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "sklearn":  # subclasses of scikit-learn's, which is imported only where they are asked for
+        import importlib
+
+        return importlib.import_module(".sklearn", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
