@@ -20,7 +20,7 @@ PACKAGE = ROOT / "fastenc"
 LAYERS = (
     {"__main__", "cli", "info", "pipeline", "plots", "record", "report", "vectors"},
     {"training"},
-    {"encoder", "explain", "pretrained", "tune"},
+    {"encoder", "explain", "files", "pretrained", "tune"},
     {"modules"},
     {"functional"},
     {"ops"},
