@@ -12,20 +12,20 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..files import canonical, remove_abandoned, separate, tensors_digest, text_digest, write_atomically
 from ..pretrained import Pretrained
 from .callbacks import Callback, History
-from .fitting import Position
+from .fitting import Fit, Position
 from .sources import Rows
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ CHECKPOINT_FILE = "training.safetensors"
 CHECKPOINT_COPY = "training.json"
 FORMAT_VERSION = 1
 _METADATA_KEY = "fastenc"
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 _NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?")
 
 
@@ -56,6 +57,11 @@ def save_checkpoint(
         raise CheckpointError(
             "a checkpoint inside an epoch needs arrays, and x is a Dataset or DataLoader; save after an epoch"
         )
+    if position.step % trainer.accumulate:
+        raise CheckpointError(
+            f"{position.step} batches were taken and {trainer.accumulate} make one update, so that gradients would be "
+            f"lost; save after a multiple of {trainer.accumulate} batches"
+        )
     callbacks = [] if fit is None else [[type(c).__name__, c.state_dict()] for c in fit.callbacks]
     state = {
         "model": dict(trainer.model.state_dict()),
@@ -63,7 +69,7 @@ def save_checkpoint(
         "scaler": None if trainer.update.scaler is None else trainer.update.scaler.state_dict(),
         "steps": trainer.update.steps.taken,
         "random": trainer.random_numbers.state(next(trainer.model.parameters()).device),
-        "position": asdict(replace(position, stopped=trainer.stop_training, losses=[*position.losses])),
+        "position": {**vars(position), "stopped": trainer.stop_training},
         "history": {"epoch": history.epoch, "history": history.history},
         "callbacks": [entry for entry in callbacks if entry[1]],
         "batch_size": None if fit is None else fit.batch_size,
@@ -139,11 +145,8 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path:
 def about_checkpoint(folder: Path) -> dict[str, Any]:
     """epoch, step, and what was measured. The tensors are not read."""
     path = folder / CHECKPOINT_FILE
-    try:
-        with safe_open(path, "pt") as file:
-            about = _read_record(path, file.metadata())["about"]
-    except SafetensorError as error:
-        raise _damaged(path, error) from None
+    with path.open("rb") as file:
+        about = _read_record(path, file)["about"]
     return {**about, "measured": _unpack(about["measured"], {})}
 
 
@@ -162,10 +165,10 @@ class Checkpoint:
     def read(cls, folder: Path) -> Checkpoint:
         """Raises CheckpointError if the file is damaged, or of a format that is not known."""
         path = folder / CHECKPOINT_FILE
+        content = path.read_bytes()  # once: another process may put a new file in its place
+        record = _read_record(path, BytesIO(content))
         try:
-            with safe_open(path, "pt") as file:
-                record = _read_record(path, file.metadata())
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            tensors = load(content)
         except SafetensorError as error:
             raise _damaged(path, error) from None
         if tensors_digest(tensors) != record["tensors_sha256"]:
@@ -174,18 +177,19 @@ class Checkpoint:
             path, {key: _unpack(value, tensors) for key, value in record["state"].items()}, record["preprocessing"]
         )
 
-    def check(self, trainer: Trainer, callbacks: Sequence[Callback] | None) -> None:
-        """Whether a Trainer, and the callbacks of its fit, can go on from here. None: callbacks are left out.
+    def check(self, trainer: Trainer, fit: Fit | None) -> None:
+        """Whether a Trainer, and a fit that begins, can go on from here. None: without a fit.
 
         Raises:
-            CheckpointError: the model, the optimiser or the callbacks are others.
+            CheckpointError: the model, the optimiser or the callbacks are others, or the rows inside an epoch.
         """
         problems = _model_problems(trainer.model, self.state["model"])
         problems += _optimizer_problems(trainer.optimizer, self.state["optimizer"])
         if (trainer.update.scaler is None) != (self.state["scaler"] is None):
             problems.append("its precision is fp16 and the Trainer's is not, or the other way round")
-        if callbacks is not None:
-            given = [type(callback).__name__ for callback in callbacks]
+        if fit is not None:
+            problems += self._place_problems(fit)
+            given = [type(callback).__name__ for callback in fit.callbacks]
             for name, _ in self.state["callbacks"]:
                 if name in given:
                     given.remove(name)
@@ -198,21 +202,8 @@ class Checkpoint:
             )
 
     def apply(self, trainer: Trainer, callbacks: Sequence[Callback] | None) -> Position:
-        """Give a checked Trainer, and the callbacks, what was saved; where the fit was.
-
-        Raises:
-            CheckpointError: the fit is inside an epoch of other rows.
-        """
+        """Give a checked Trainer, and the callbacks, what was saved; where the fit was."""
         state = self.state
-        position = Position(**state["position"])
-        fit = trainer.fitting
-        if callbacks is not None and fit is not None and position.step > 0:
-            rows = len(fit.train) if isinstance(fit.train, Rows) else None
-            if (rows, fit.batch_size) != (state["rows"], state["batch_size"]):
-                raise CheckpointError(
-                    f"{self.path} was saved inside an epoch of {state['rows']} rows in batches of "
-                    f"{state['batch_size']}, and fit is given {rows} in batches of {fit.batch_size}; give the same"
-                )
         left = [*(callbacks or ())]
         for name, saved in state["callbacks"] if callbacks is not None else ():
             callback = next(callback for callback in left if type(callback).__name__ == name)
@@ -227,7 +218,17 @@ class Checkpoint:
         trainer.history = History()
         trainer.history.epoch, trainer.history.history = state["history"]["epoch"], state["history"]["history"]
         trainer.random_numbers.load(state["random"], next(trainer.model.parameters()).device)
-        return position
+        return Position(**state["position"])
+
+    def _place_problems(self, fit: Fit) -> list[str]:
+        step, rows, batch_size = self.state["position"]["step"], self.state["rows"], self.state["batch_size"]
+        given = len(fit.train) if isinstance(fit.train, Rows) else None
+        if step == 0 or (given, fit.batch_size) == (rows, batch_size):
+            return []
+        return [
+            f"it was saved inside an epoch of {rows} rows in batches of {batch_size}, and fit is given {given} in "
+            f"batches of {fit.batch_size}"
+        ]
 
 
 def _model_problems(model: nn.Module, saved: dict[str, Any]) -> list[str]:
@@ -293,9 +294,16 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return {_unpack(key, tensors): _unpack(part, tensors) for key, part in content}
 
 
-def _read_record(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    """The checked metadata, without its own checksum."""
-    if not metadata or _METADATA_KEY not in metadata:
+def _read_record(path: Path, file: BinaryIO) -> dict[str, Any]:
+    """The checked metadata of a safetensors file, without its own checksum."""
+    try:
+        length = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
+        metadata = json.loads(file.read(length)).get("__metadata__", {}) if length < _LONGEST_HEADER else None
+    except (ValueError, AttributeError) as error:
+        raise _damaged(path, error) from None
+    if metadata is None:
+        raise _damaged(path, "it is no safetensors file")
+    if _METADATA_KEY not in metadata:
         raise CheckpointError(f"{path} was not written by fastenc; give a folder that a checkpoint was saved to")
     try:
         record = json.loads(metadata[_METADATA_KEY])

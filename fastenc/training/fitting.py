@@ -163,7 +163,9 @@ class Fit:
         before_step, after_step = self._hooks(first)
         if isinstance(train, Rows):
             order = self._order(train, first, keep=after_step is not None)
-            if whole is None or (first > 0 and isinstance(whole, WholeSteps)):
+            if first * self.batch_size >= len(train):  # saved after the epoch's last step
+                losses, counts = torch.empty(0), torch.empty(0, dtype=torch.int64)
+            elif whole is None or (first > 0 and isinstance(whole, WholeSteps)):
                 losses, counts = train_rows(
                     model, trainer.loss_function, update, train, order, self.batch_size, after_step, before_step
                 )
@@ -176,10 +178,17 @@ class Fit:
             losses, counts = train_batches(model, loss, update, train.batches(), after_step, before_step)
         losses = losses.double().cpu()
         if first > 0:
-            before = torch.tensor(self.position.losses[:first], dtype=torch.float64)
-            losses, counts = torch.cat([before, losses]), torch.cat([torch.full((first,), self.batch_size), counts])
+            losses, counts = self._with_those_before(losses, counts, first)
         self._check(epoch, losses)
         return float((losses * counts).sum() / counts.sum())
+
+    def _with_those_before(self, losses: Tensor, counts: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """The losses of a whole epoch and their numbers of rows; the `first` were taken before a checkpoint."""
+        before = torch.tensor(self.position.losses[:first], dtype=torch.float64)
+        rows = torch.full((first,), self.batch_size)
+        if isinstance(self.train, Rows):
+            rows[-1] = min(self.batch_size, len(self.train) - (first - 1) * self.batch_size)
+        return torch.cat([before, losses]), torch.cat([rows, counts])
 
     def _update(self) -> Update:
         """The Trainer's, with the schedules of this fit."""

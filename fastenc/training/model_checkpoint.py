@@ -96,6 +96,11 @@ class ModelCheckpoint(Callback):
         make_folder(self.folder)
         if self.every_steps is not None and fit is not None and not isinstance(fit.train, Rows):
             raise CheckpointError("every_steps needs arrays, and x is a Dataset or DataLoader; leave every_steps out")
+        if self.every_steps is not None and self.every_steps % self.trainer.accumulate:
+            raise CheckpointError(
+                f"every_steps is {self.every_steps} and {self.trainer.accumulate} batches make one update; make it a "
+                "multiple of that"
+            )
         self._lock = _lock(self.folder)
         if (fit is None or fit.resumed is None) and (found := checkpoints(self.folder)):
             raise CheckpointError(

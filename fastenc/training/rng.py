@@ -46,12 +46,13 @@ class RandomNumbers:
 
     def state(self, device: torch.device) -> dict[str, Any]:
         """Where the random numbers are, those of Python and numpy too; for `load`."""
-        kind, keys, *rest = np.random.get_state(legacy=True)
+        kind, keys, *others = np.random.get_state(legacy=True)
+        version, numbers, gauss = random.getstate()
         live = self._used or self.seed is None
         return {
             "torch": [generator.get_state() for generator in _generators(device)] if live else self._own,
-            "python": random.getstate(),
-            "numpy": (kind, np.asarray(keys).tolist(), *rest),
+            "python": (version, torch.tensor(numbers), gauss),
+            "numpy": (kind, torch.tensor(np.asarray(keys).tolist()), *others),
         }
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
@@ -61,8 +62,10 @@ class RandomNumbers:
                 generator.set_state(own)
         else:
             self._own = state["torch"]
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers.tolist()), gauss))
+        kind, keys, *others = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *others))
 
 
 def _generators(device: torch.device) -> list[Generator]:

@@ -174,11 +174,7 @@ class Trainer:
         for callback in callbacks:
             callback.trainer = self
         resumed = None if resume is None else Checkpoint.read(latest_checkpoint(resume))
-        if resumed is not None:
-            resumed.check(self, callbacks)
-        self.history = History()
-        self.stop_training = False
-        self.fitting = Fit(
+        fit = Fit(
             self,
             train,
             validation,
@@ -188,8 +184,13 @@ class Trainer:
             callbacks=callbacks,
             resumed=resumed,
         )
+        if resumed is not None:
+            resumed.check(self, fit)
+        self.history = History()
+        self.stop_training = False
+        self.fitting = fit
         with self._training():
-            self.fitting.run()
+            fit.run()
         return self.history
 
     def partial_fit(self, x: Any, y: Any = None, *, batch_size: int | None = None) -> float:
