@@ -31,8 +31,20 @@ EXTENSIONS = {"_C", "_C_cuda"}
 # Knows nothing of fastenc; only these layers know it.
 DATA, ABOVE_DATA = "data", LAYERS[0] | LAYERS[1]
 
-# Each import of them costs a noticeable part of a second, and only the extra `app` brings them.
-HEAVY = {"matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "tqdm", "triton", "typer"}
+# Each import of them costs a noticeable part of a second, and only the extras `app` and `track` bring them.
+HEAVY = {
+    "matplotlib",
+    "mlflow",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "tqdm",
+    "triton",
+    "typer",
+    "wandb",
+}
 
 
 def level(module: str) -> int:
