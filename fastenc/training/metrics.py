@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-
-MetricFunction = Callable[[Tensor, Tensor], Any]
 
 
 class Metrics:
@@ -26,29 +24,26 @@ class Metrics:
 
     def __init__(self, metrics: Iterable[Any] | Mapping[str, Any] = ()) -> None:
         named = metrics.items() if isinstance(metrics, Mapping) else _named(metrics)
-        self._running: dict[str, Any] = {}
-        self._functions: dict[str, MetricFunction] = {}
+        self._metrics: dict[str, Any] = {}
         for name, metric in named:
-            if name in ("loss", "lr") or name in self._running or name in self._functions:
+            if name in ("loss", "lr") or name in self._metrics:
                 taken = f"{name} is measured already" if name in ("loss", "lr") else f"two metrics are called {name}"
                 raise ValueError(f"{taken}; give metrics as a dict of other names")
-            if all(callable(getattr(metric, method, None)) for method in ("update", "compute", "reset")):
-                self._running[name] = metric
-            elif callable(metric) and not isinstance(metric, type):
-                self._functions[name] = metric
-            else:
+            if isinstance(metric, type) or not (callable(metric) or _is_running(metric)):
                 what = f"the class {metric.__name__}" if isinstance(metric, type) else repr(metric)
                 raise TypeError(f"a metric is {what}; give torchmetrics objects or functions of (prediction, target)")
+            self._metrics[name] = metric
+        self._running = [metric for metric in self._metrics.values() if _is_running(metric)]
         self._seen: list[tuple[Tensor, Tensor]] = []
         self.latest: dict[str, float] = {}  # what `compute` gave
 
     def __bool__(self) -> bool:
-        return bool(self._running or self._functions)
+        return bool(self._metrics)
 
     def reset(self, device: torch.device) -> None:
         """Forget what was seen, and go to where predictions are."""
         self._seen = []
-        for metric in self._running.values():
+        for metric in self._running:
             if hasattr(metric, "to"):
                 metric.to(device)
             metric.reset()
@@ -63,9 +58,9 @@ class Metrics:
             raise TypeError(
                 f"the model gives a {type(prediction).__name__}, and metrics need one tensor; leave them out"
             )
-        for metric in self._running.values():
+        for metric in self._running:
             metric.update(prediction.detach(), target)
-        if self._functions:
+        if len(self._running) < len(self._metrics):
             self._seen.append((prediction.detach().cpu(), target.cpu().clone()))  # a batch's memory is used again
 
     def compute(self) -> dict[str, float]:
@@ -75,20 +70,23 @@ class Metrics:
             ValueError: a metric gives something else than one number.
         """
         results: dict[str, float] = {}
-        for name, metric in self._running.items():
-            value = metric.compute()
+        whole = [torch.cat(parts) for parts in zip(*self._seen, strict=True)]
+        self._seen = []
+        for name, metric in self._metrics.items():
+            value = metric.compute() if _is_running(metric) else metric(*whole)
             if isinstance(value, Mapping):
                 results.update({key: _number(key, part) for key, part in value.items()})
             else:
                 results[name] = _number(name, value)
+        for metric in self._running:
             metric.reset()
-        if self._functions:
-            prediction, target = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-            self._seen = []
-            for name, function in self._functions.items():
-                results[name] = _number(name, function(prediction, target))
         self.latest = results
         return results
+
+
+def _is_running(metric: Any) -> bool:
+    """Whether it is a torchmetrics object, or works as one."""
+    return all(callable(getattr(metric, method, None)) for method in ("update", "compute", "reset"))
 
 
 def _named(metrics: Iterable[Any]) -> list[tuple[str, Any]]:
