@@ -7,7 +7,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, IterableDataset
 
 from fastenc.data import DataError
-from fastenc.training import Callback, Cosine, OneCycle, Plateau, Schedule, StepDecay, Trainer, WarmUp
+from fastenc.training import Callback, Cosine, OneCycle, Plateau, Schedule, StepDecay, TorchSchedule, Trainer, WarmUp
 
 STEPS, EPOCHS = 7, 4  # 50 rows in batches of 8
 
@@ -234,6 +234,19 @@ def test_a_stream_without_a_length():
 def test_wrong_kinds(options, error, match):
     with pytest.raises(error, match=match):
         fit(**options)
+
+
+def test_two_sides_that_set_the_rates():
+    def torchs(optimizer):
+        return lr_scheduler.StepLR(optimizer, 1)
+
+    for options, sides in (
+        ({"lr": lambda step: 0.1, "callbacks": [Cosine()]}, "lr, which is a function and by Cosine"),
+        ({"schedule": torchs, "callbacks": [WarmUp()]}, "WarmUp and by a torch TorchSchedule"),
+        ({"schedule": torchs, "callbacks": [TorchSchedule(torchs)]}, "a torch TorchSchedule and by a torch"),
+    ):
+        with pytest.raises(ValueError, match=f"the learning rates are set by {sides}.*; leave one of them out"):
+            fit(**options)
 
 
 def test_torch_schedulers_of_something_else():

@@ -15,7 +15,7 @@ from .callbacks import Callback
 from .engine import EngineSteps
 from .graph import WholeSteps
 from .progress import Progress
-from .schedules import Schedule
+from .schedules import Schedule, TorchSchedule
 from .sources import Rows, Stream
 from .steps import AfterStep, BeforeStep, train_batches, train_rows
 from .update import Update
@@ -75,6 +75,7 @@ class Fit:
         if not isinstance(train, Rows):
             self._step_by_step = "the data comes from a Dataset or DataLoader"
         self._schedules = [callback for callback in callbacks if isinstance(callback, Schedule)]
+        self._check_rates()
         for schedule in self._schedules:
             schedule.begin(self._updates_per_epoch(), epochs)
 
@@ -239,6 +240,14 @@ class Fit:
 
         begins = any(type(c).on_train_batch_begin is not Callback.on_train_batch_begin for c in listeners)
         return before_step if begins else None, after_step
+
+    def _check_rates(self) -> None:
+        """Raises ValueError if the learning rates are set by more than one side, of which the last would win."""
+        sides = ["lr, which is a function"] if self.trainer.update.rate is not None else []
+        sides += [type(schedule).__name__ for schedule in self._schedules[:1]]  # they are multiplied with each other
+        sides += [f"a torch {type(c).__name__}" for c in self.callbacks if isinstance(c, TorchSchedule)]
+        if len(sides) > 1:
+            raise ValueError(f"the learning rates are set by {' and by '.join(sides)}; leave one of them out")
 
     def _updates_per_epoch(self) -> int | None:
         if isinstance(self.train, Rows):
