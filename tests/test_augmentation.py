@@ -216,3 +216,22 @@ def test_noise_that_is_not_finite_stops_training():
     with pytest.raises(FloatingPointError, match="the loss became nan in epoch 1, step 1"):
         Trainer(model).fit(make_x(), augment=lambda x: x * float("nan"), verbose=False)
     assert_same_weights(model, make_model())
+
+
+def test_a_fit_that_goes_on_augments_as_one_that_was_not_interrupted(tmp_path):
+    whole, model = make_model(), make_model()
+    augment = GaussianNoise(0.5)
+    Trainer(whole, seed=0).fit(make_x(), epochs=4, augment=augment, verbose=False)
+
+    class Save(Callback):
+        def on_train_batch_end(self, batch, logs):
+            if len(self.trainer.history.epoch) == 2 and batch == 0:
+                self.trainer.save_checkpoint(tmp_path / "checkpoint")
+                self.trainer.stop_training = True
+
+    Trainer(model, seed=0).fit(make_x(), epochs=4, augment=augment, callbacks=[Save()], verbose=False)
+    other = make_model()
+    Trainer(other, seed=9).fit(
+        make_x(), epochs=4, augment=augment, callbacks=[Callback()], resume=tmp_path / "checkpoint", verbose=False
+    )
+    assert_same_weights(other, whole)

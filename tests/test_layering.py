@@ -21,7 +21,7 @@ LAYERS = (
     {"__main__", "cli", "info", "labelled", "pipeline", "plots", "record", "report", "sklearn", "vectors"},
     {"finetuning", "multitask"},
     {"training"},
-    {"encoder", "explain", "lora", "pretrained", "tune"},
+    {"encoder", "explain", "files", "lora", "pretrained", "tune"},
     {"modules"},
     {"functional"},
     {"ops"},
@@ -32,8 +32,20 @@ EXTENSIONS = {"_C", "_C_cuda"}
 # Knows nothing of fastenc; only these layers know it.
 DATA, ABOVE_DATA = "data", LAYERS[0] | LAYERS[1] | LAYERS[2]
 
-# Each import of them costs a noticeable part of a second, and only the extra `app` brings them.
-HEAVY = {"matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "tqdm", "triton", "typer"}
+# Each import of them costs a noticeable part of a second, and only the extras `app` and `track` bring them.
+HEAVY = {
+    "matplotlib",
+    "mlflow",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "tqdm",
+    "triton",
+    "typer",
+    "wandb",
+}
 
 
 def level(module: str) -> int:

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from ..pretrained import load_pretrained
 from ..training import Callback, EarlyStopping, History, Trainer
 from ..training.augmented import Augment
 from ..training.losses import LossFunction
-from ..training.optimizers import DEFAULT_LR, OptimizerLike, Schedule, make_optimizer
+from ..training.optimizers import DEFAULT_LR, OptimizerLike, RateFunction, make_optimizer
 from ..training.rng import RandomNumbers
 from .layers import GradualUnfreezing, encoder_layers, freeze_layers, layer_groups, regroup
 from .pretraining import Pretraining, pretrain
@@ -76,7 +76,7 @@ def finetune(
     lora_alpha: float = 16.0,
     lora_dropout: float = 0.0,
     optimizer: OptimizerLike = "adam",
-    lr: float | Schedule = DEFAULT_LR,
+    lr: float | RateFunction = DEFAULT_LR,
     loss: str | LossFunction | None = None,
     weight_decay: float = 0.0,
     momentum: float = 0.0,
@@ -154,7 +154,7 @@ def finetune(
     if layer_decay != 1.0 or unfreeze_every is not None:
         optimizer = make_optimizer(optimizer, model.parameters(), lr, weight_decay, momentum, nesterov)
         if layer_decay != 1.0:
-            regroup(optimizer, layer_groups(model, float(lr), layer_decay))  # type: ignore[arg-type]
+            regroup(optimizer, layer_groups(model, cast(float, lr), layer_decay))
         named = {}
     if frozen is None:
         layers = len(encoder_layers(model))
@@ -191,7 +191,7 @@ def _check(
     frozen: int | None,
     unfreeze_every: int | None,
     layer_decay: float,
-    lr: float | Schedule,
+    lr: float | RateFunction,
 ) -> None:
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy is {strategy!r}; give one of {', '.join(STRATEGIES)}")
