@@ -1,9 +1,14 @@
 """fastenc: fused Dense + bias + activation layers, encoders and their training for PyTorch."""
 
+from typing import Any
+
 from .encoder import AutoEncoder, Classifier, Encoder, Regressor
 from .explain import explain
+from .finetuning import FineTuned, GradualUnfreezing, finetune
 from .functional import encoder, fused_dense
+from .lora import add_lora, load_lora, merge_lora, save_lora
 from .modules import FusedDense
+from .multitask import MultiTask, Task
 from .ops import use_backend
 from .pretrained import ModelFileError, load_preprocessing, load_pretrained
 from .training import Callback, EarlyStopping, History, Trainer
@@ -17,16 +22,33 @@ __all__ = [
     "Classifier",
     "EarlyStopping",
     "Encoder",
+    "FineTuned",
     "FusedDense",
+    "GradualUnfreezing",
     "History",
     "ModelFileError",
+    "MultiTask",
     "Regressor",
+    "Task",
     "Trainer",
+    "add_lora",
     "encoder",
     "explain",
+    "finetune",
     "fused_dense",
+    "load_lora",
     "load_preprocessing",
     "load_pretrained",
+    "merge_lora",
+    "save_lora",
     "tune",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "sklearn":  # subclasses of scikit-learn's, which is imported only where they are asked for
+        import importlib
+
+        return importlib.import_module(".sklearn", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

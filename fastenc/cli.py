@@ -1,4 +1,4 @@
-"""The command line: `fastenc train | encode | evaluate | tune | info | bench`, also as `python -m fastenc`.
+"""The command line: `fastenc train | finetune | encode | evaluate | tune | info | bench`, also as `python -m fastenc`.
 
 Exit codes: 0 done; 2 bad input, with one sentence that names it and the cure; 130 Ctrl-C; 1 an error of fastenc's own,
 or a machine that cannot do it.
@@ -19,10 +19,16 @@ from . import __version__
 from .activation import ACTIVATIONS
 from .backends import BACKENDS
 from .data import DataError, Prepared, Preprocessor, load
+from .data.augmentation import FeatureMask, GaussianNoise, Mixup
 from .data.preprocessing import MISSING, SCALES
 from .encoder import AutoEncoder, Encoder
 from .explain import explain
+from .finetuning.finetune import STRATEGIES
+from .finetuning.pretraining import METHODS
+from .finetuning.targets import TASKS
 from .info import clear_tuning, describe
+from .labelled import prepare, save
+from .labelled import train as train_with_labels
 from .pipeline import (
     SavedModel,
     check_model_folder,
@@ -35,7 +41,7 @@ from .pipeline import (
 from .pretrained import ModelFileError
 from .record import read_record, split_rows, write_record
 from .report import dead_units, evaluate_codes, render_evaluation
-from .training import EarlyStopping, Trainer
+from .training import EarlyStopping, History, Trainer
 from .tune import tune as measure
 from .vectors import check_folder_of, check_output, replacing, rows_file, write_row_numbers, write_vectors
 
@@ -48,6 +54,7 @@ except ModuleNotFoundError:
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+FINETUNING_LOSSES = ("cross_entropy", "mse", "mae", "huber", "cosine", "triplet")
 TUNED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXTRAS = ("sklearn", "pandas", "pyarrow")
 
@@ -223,6 +230,109 @@ def train(
 
 
 @app.command()
+def finetune(
+    data: DataArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to save the model in.", show_default=False)],
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="The column of labels or numbers to learn; for .npy, a .npy file of them."),
+    ] = None,
+    strategy: Annotated[str, choice("How to begin", *STRATEGIES)] = "scratch",
+    encoder: Annotated[
+        Path | None, typer.Option("--from", metavar="DIR", help="The model whose encoder to begin with.")
+    ] = None,
+    unlabelled: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Rows without labels to pre-train on; by default those of DATA.")
+    ] = None,
+    pretraining: Annotated[str, choice("How to pre-train", *METHODS)] = "autoencoder",
+    pretraining_epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows to pre-train on.")] = 100,
+    frozen: Annotated[
+        int | None,
+        typer.Option(min=0, help="How many of the first layers not to train; for transfer all but the last."),
+    ] = None,
+    unfreeze_every: Annotated[
+        int | None, typer.Option(min=1, help="Train one more of the frozen layers after so many epochs, top down.")
+    ] = None,
+    layer_decay: Annotated[
+        float, typer.Option(callback=positive, max=1.0, help="Learning rate of each layer over that of the one above.")
+    ] = 1.0,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="Train adapters of this rank, not the encoder, and merge them.")
+    ] = None,
+    task: Annotated[str, choice("What the target is", *TASKS)] = "auto",
+    widths: Annotated[
+        str, typer.Option(callback=check_widths, help="Widths of the encoder's layers; the last is the code's.")
+    ] = "128,64,32,16",
+    activation: Annotated[str, choice("Activation of the encoder's layers", *ACTIVATIONS)] = "relu",
+    dropout: Annotated[float, typer.Option(callback=fraction, help="Share of hidden units dropped in a step.")] = 0.0,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in each step.")] = 32,
+    lr: Annotated[float, typer.Option(callback=positive, help="Learning rate.")] = 1e-3,
+    optimizer: Annotated[str, choice("Optimiser", *OPTIMIZERS)] = "adam",
+    loss: Annotated[str, choice("Loss; auto: cross_entropy or mse", "auto", *FINETUNING_LOSSES)] = "auto",
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay.")] = 0.0,
+    l1: Annotated[float, typer.Option(min=0.0, help="L1 penalty on the weights.")] = 0.0,
+    noise: Annotated[float, typer.Option(min=0.0, help="Gaussian noise added to the features in each epoch.")] = 0.0,
+    mask: Annotated[float, typer.Option(callback=fraction, help="Share of the features hidden in each epoch.")] = 0.0,
+    mixup: Annotated[float, typer.Option(min=0.0, help="Mix rows, and targets, by Beta(this, this); 0 for not.")] = 0.0,
+    missing: Annotated[str, choice("What to do about rows with missing values", *MISSING)] = "impute",
+    scale: Annotated[str, choice("Scaling of number columns", *SCALES)] = "standard",
+    validation_split: Annotated[
+        float, typer.Option(callback=fraction, help="Share of the rows, chosen at random, that is not trained on.")
+    ] = 0.1,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop when validation got no better for so many epochs, and keep the best weights."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Makes a run repeatable.")] = 0,
+) -> None:
+    """Train an encoder and a head on the labels of DATA, and save them, with their preprocessing, in --out.
+
+    From scratch; after pre-training on rows without labels (--strategy pretrain); or from the encoder of a model that
+    was trained before (--strategy transfer --from DIR), whose preprocessing is then kept. fastenc encode and evaluate
+    take what comes out; training.json beside it says what the outputs stand for.
+    """
+    check_model_folder(out)
+    labelled = prepare(data, target, encoder, unlabelled, missing, scale, validation_split, seed)
+    report_rows(labelled.prepared)
+    training, held_out = (~labelled.is_held_out).sum(), labelled.is_held_out.sum()
+    typer.echo(f"{training} rows to train on, {held_out} to validate on, {labelled.prepared.x.shape[1]} features")
+    steps = [(GaussianNoise, noise), (FeatureMask, mask), (Mixup, mixup)]
+    began = time.perf_counter()
+    result = train_with_labels(
+        labelled,
+        strategy=strategy,
+        encoder=encoder,
+        pretraining=pretraining,
+        pretraining_options={"epochs": pretraining_epochs} if strategy == "pretrain" else None,
+        frozen=frozen,
+        unfreeze_every=unfreeze_every,
+        layer_decay=layer_decay,
+        lora_rank=lora_rank,
+        task=task,
+        widths=parse_widths(widths),
+        activation=activation,
+        dropout=dropout,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        optimizer=optimizer,
+        loss=None if loss == "auto" else loss,
+        weight_decay=weight_decay,
+        l1=l1,
+        augment=[step(value) for step, value in steps if value > 0.0] or None,
+        patience=patience,
+        seed=seed,
+    )
+    seconds = time.perf_counter() - began
+    save(result, labelled, out, validation_split, seed, target)
+    if result.pretraining is not None:
+        typer.echo(f"pre-training: {describe_history(result.pretraining.history)}; {result.pretraining.how}")
+    typer.echo(f"training: {describe_history(result.history)}; {result.how}")
+    typer.echo(f"{seconds:.1f} s; saved in {out}")
+
+
+@app.command()
 def encode(
     folder: ModelArgument,
     data: DataArgument,
@@ -330,6 +440,11 @@ def bench(ctx: typer.Context) -> None:
     from .benchmarks.__main__ import main as measure_all  # loads compilers and plots, which the other commands need not
 
     raise typer.Exit(measure_all(ctx.args, "fastenc bench"))
+
+
+def describe_history(history: History) -> str:
+    losses = ", ".join(f"{name} {values[-1]:.6g}" for name, values in history.history.items())
+    return f"{len(history.epoch)} epochs, {losses}"
 
 
 def report_rows(prepared: Prepared) -> None:

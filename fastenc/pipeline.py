@@ -98,7 +98,10 @@ def run_in_chunks(model: nn.Module, x: np.ndarray) -> Iterator[np.ndarray]:
     parameter = next(model.parameters())
     for start in range(0, len(x), CHUNK_ROWS):
         with torch.inference_mode():
-            chunk = torch.from_numpy(x[start : start + CHUNK_ROWS]).to(parameter.device, parameter.dtype)
+            rows = np.require(
+                x[start : start + CHUNK_ROWS], requirements="W"
+            )  # of a read-only map, one chunk is copied
+            chunk = torch.from_numpy(rows).to(parameter.device, parameter.dtype)
             out = model(chunk).float().cpu().numpy()
         yield out
 

@@ -7,12 +7,8 @@ copies for people to read; they are written after it and never read back.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import time
-import uuid
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .files import canonical, remove_abandoned, separate, tensors_digest, text_digest, write_atomically
+
 MODEL_FILE = "model.safetensors"
 CONFIG_COPY = "config.json"
 PREPROCESSING_COPY = "preprocessing.json"
 FORMAT_VERSION = 1
 _METADATA_KEY = "fastenc"
-_ABANDONED_AFTER = 3600.0  # seconds; a temporary this old belongs to a save that was killed
 
 
 class ModelFileError(ValueError):
@@ -66,30 +63,30 @@ class Pretrained:
         tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
         _check_config(self, tensors)
         tied = _tied_names(self)
-        tensors = _separate({name: tensor for name, tensor in tensors.items() if name not in tied})
+        tensors = separate({name: tensor for name, tensor in tensors.items() if name not in tied})
         record = {
             "format_version": FORMAT_VERSION,
             "class": type(self).__name__,
             "config": self.config(),
             "preprocessing": preprocessing,
             "tied": tied,
-            "tensors_sha256": _tensors_digest(tensors),
+            "tensors_sha256": tensors_digest(tensors),
         }
         try:
-            record = json.loads(_canonical(record))  # tuples to lists, keys to text: what a load will see
+            record = json.loads(canonical(record))  # tuples to lists, keys to text: what a load will see
         except (TypeError, ValueError) as error:
             raise ModelFileError(f"config and preprocessing must be what JSON can hold: {error}") from error
-        metadata = {_METADATA_KEY: _canonical({**record, "sha256": _text_digest(_canonical(record))})}
+        metadata = {_METADATA_KEY: canonical({**record, "sha256": text_digest(canonical(record))})}
 
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise ModelFileError(f"{folder} is, or lies under, a file; give a folder to save the model to") from None
-        _write_atomically(folder / MODEL_FILE, save(tensors, metadata))
+        write_atomically(folder / MODEL_FILE, save(tensors, metadata))
         _write_copy(folder / CONFIG_COPY, {"class": record["class"], **record["config"]})
         _write_copy(folder / PREPROCESSING_COPY, record["preprocessing"])
-        _remove_abandoned(folder)
+        remove_abandoned(folder, (MODEL_FILE, CONFIG_COPY, PREPROCESSING_COPY))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Any:
@@ -143,7 +140,7 @@ def _load(folder: Path, device: torch.device | str | None, classes: dict[str, ty
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise _damaged(path, error) from None
-    if _tensors_digest(tensors) != record["tensors_sha256"]:
+    if tensors_digest(tensors) != record["tensors_sha256"]:
         raise _damaged(path, "the tensors do not match their checksum")
     tensors.update({alias: tensors[kept] for alias, kept in record["tied"].items() if kept in tensors})
     try:
@@ -190,7 +187,7 @@ def _read_record(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
             raise ModelFileError(
                 f"{path} has format version {version} and this fastenc reads up to {FORMAT_VERSION}; upgrade fastenc"
             )
-        if record.pop("sha256") != _text_digest(_canonical(record)):
+        if record.pop("sha256") != text_digest(canonical(record)):
             raise _damaged(path, "the config does not match its checksum")
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from None
@@ -199,22 +196,6 @@ def _read_record(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
 
 def _damaged(path: Path, why: object) -> ModelFileError:
     return ModelFileError(f"{path} is truncated or damaged ({why}); restore it from a backup or save the model again")
-
-
-def _canonical(record: dict[str, Any]) -> str:
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _tensors_digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _check_config(model: Any, tensors: dict[str, Tensor]) -> None:
@@ -249,18 +230,6 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same on the CPU, contiguous, no two in one storage, as safetensors wants them."""
-    storages = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        separate[name] = tensor.clone() if storage in storages else tensor
-        storages.add(storage)
-    return separate
-
-
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, parameter)
@@ -270,34 +239,4 @@ def _write_copy(path: Path, content: dict[str, Any] | None) -> None:
     if content is None:
         path.unlink(missing_ok=True)  # of an earlier save
     else:
-        _write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary in the same folder, flush it to the disk, rename it. A failure leaves `path` as it was."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        what = f"{error.strerror}; the file there is as it was: free some space or choose another folder"
-        raise OSError(error.errno, what, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # Windows cannot open a folder to flush it
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    for name in (MODEL_FILE, CONFIG_COPY, PREPROCESSING_COPY):
-        for temporary in folder.glob(f".{name}.*.tmp"):
-            with suppress(FileNotFoundError):  # another process may be at the same work
-                if time.time() - temporary.stat().st_mtime > _ABANDONED_AFTER:
-                    temporary.unlink()
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())

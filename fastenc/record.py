@@ -49,6 +49,7 @@ def write_record(
     seed: int,
     target: str | None,
     history: dict[str, list[float]],
+    classes: list[str] | None = None,
 ) -> None:
     """Write how the model that lies in `folder` was trained beside it, tied to the model's bytes.
 
@@ -60,12 +61,14 @@ def write_record(
         held_out, seed: `split_rows(rows, held_out, seed)` are the rows that were trained on and those that were not.
         target: the column of labels.
         history: of the Trainer.
+        classes: of a Classifier, what its outputs stand for.
     """
     folder = Path(folder)
     temporary = folder / f".{RECORD_FILE}.{os.getpid()}.tmp"
     try:
         record = {"model_sha256": file_sha256(folder / MODEL_FILE), "data_sha256": fingerprint(x), "rows": rows}
         record |= {"held_out": held_out, "seed": seed, "target": target, "history": history}
+        record |= {} if classes is None else {"classes": classes}
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / RECORD_FILE)
     finally:

@@ -102,7 +102,7 @@ def test_losses_over_200_steps(loss):
 
 
 def test_losses_have_the_order_of_the_engine():
-    assert set(LOSS_CODES) == set(LOSSES)
+    assert set(LOSS_CODES) == set(LOSSES) - {"cosine", "info_nce", "triplet"}  # which look at several rows or columns
 
 
 def test_cross_entropy_with_probabilities():

@@ -31,7 +31,8 @@ def losses(output):
 
 
 def test_every_example_is_tested_here():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"digits.py", "article_encoder.py", "article_linear.py"}
+    tested = set(re.findall(r'"(\w+\.py)"', Path(__file__).read_text()))
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*tested, "comparing.py"}  # which the others share
 
 
 def test_article_encoder():
@@ -98,3 +99,64 @@ def test_the_command_line_goes_on_from_the_demo(digits, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), np.load(out / "vectors.npy"), atol=1e-5)
     result = CliRunner().invoke(cli.app, ["evaluate", str(out / "model"), "digits"])
     assert "Scored on the 359 rows that were held out" in result.output
+
+
+# The comparisons on real data, at a small size: what they print, and their pictures.
+
+
+def compare(name, out, *args):
+    output = run(name, "--out", out, "--seeds", 1, *args).stdout
+    for path in out.iterdir():
+        assert imread(path)[..., :3].std() > 0.05  # not blank
+    return output, sorted(path.name for path in out.iterdir())
+
+
+def figure(output, row):
+    """The first number in the table's row of this name."""
+    (line,) = (line for line in output.splitlines() if line.startswith(f"{row} "))
+    return float(line[len(row) :].split()[0])
+
+
+def test_pretrain_digits(tmp_path):
+    output, pictures = compare("pretrain_digits.py", tmp_path, "--epochs", 20)
+    assert "50 labels, 1198 rows without, scored on 599; 1 seeds" in output
+    rows = ("from scratch", "pre-trained as an autoencoder", "pre-trained by contrast (InfoNCE)")
+    assert all(figure(output, row) > 0.2 for row in rows)  # a guess is right once in ten
+    assert pictures == ["accuracy.png"]
+
+
+def test_transfer_digits(tmp_path):
+    output, pictures = compare("transfer_digits.py", tmp_path, "--epochs", 20)
+    assert "25 labels of 5 to 9, scored on 448; 1 seeds, 20 epochs" in output
+    for row in ("from scratch", "labels, all trained", "no labels, both layers frozen", "labels, thawed from the top"):
+        assert figure(output, row) > 0.25  # a guess is right once in five
+        assert re.search(rf"^{row} .* \d+ ms  whole, in C\+\+$", output, re.MULTILINE)
+    assert re.search(r"^labels, adapters of rank 4 .* one by one$", output, re.MULTILINE)
+    assert pictures == ["accuracy.png"]
+
+
+def test_anomaly_breast_cancer(tmp_path):
+    output, pictures = compare("anomaly_breast_cancer.py", tmp_path, "--epochs", 50)
+    assert "Fitted on 250 benign samples, scored on 107 and 212 malignant ones" in output
+    for row in ("autoencoder", "denoising autoencoder", "PCA, 8 components", "IsolationForest"):
+        assert 0.85 < figure(output, row) < 1.0
+    assert pictures == ["areas.png"]
+
+
+def test_regression_diabetes(tmp_path):
+    output, pictures = compare("regression_diabetes.py", tmp_path, "--epochs", 10)
+    assert "331 patients to search with, 111 held out" in output
+    assert "fastenc, EncoderRegressor: {'lr':" in output
+    assert 0.1 < figure(output, "fastenc, EncoderRegressor") < 0.7  # the mean of y has 0
+    assert pictures == ["explained.png"]
+
+
+def test_two_tasks(tmp_path):
+    output, pictures = compare("two_tasks.py", tmp_path, "--epochs", 30)
+    assert "100 rows to train on, scored on 599" in output
+    accuracy, error = output.split("squared error of the image")
+    for row in ("one encoder for both", "digit alone"):
+        assert figure(accuracy, row) > 0.3
+    for row in ("one encoder for both", "image alone"):
+        assert figure(error, row) < 0.073  # what the mean image has
+    assert pictures == ["digit.png", "image.png"]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastenc import AutoEncoder, Classifier, Encoder, Regressor, pretrained
+from fastenc import AutoEncoder, Classifier, Encoder, Regressor, files, pretrained
 from fastenc.pretrained import ModelFileError, load_preprocessing, load_pretrained
 
 
@@ -211,7 +211,7 @@ def rewrite(folder: Path, **changes) -> None:
         record = json.loads(opened.metadata()["fastenc"])
     record.update(changes)
     record.pop("sha256")
-    record["sha256"] = pretrained._text_digest(pretrained._canonical(record))
+    record["sha256"] = files.text_digest(files.canonical(record))
     save_file(load_file(file), file, {"fastenc": json.dumps(record)})
 
 

@@ -202,7 +202,7 @@ def test_bad_labels_of_a_loader():
         (lambda: Trainer(make_model(), "adan"), "optimizer is 'adan'; give one of sgd, adam, adamw"),
         (
             lambda: Trainer(make_model(), loss="mes"),
-            "loss is 'mes'; give one of mse, mae, huber, cross_entropy, bce, bce_with_logits, or",
+            "loss is 'mes'; give one of mse, mae, huber, cross_entropy, bce, bce_with_logits, cosine",
         ),
         (lambda: Trainer(make_model(), momentum=0.9), "momentum is 0.9 and adam takes none"),
         (lambda: Trainer(make_model(), torch.optim.SGD, lr=0.1), "set them on your optimiser"),

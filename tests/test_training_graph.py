@@ -175,7 +175,7 @@ def test_learning_rates_change_without_another_recording(optimizer, schedule):
     assert_replayed(whole, ALL_REPLAYED)
     assert whole.optimizer.param_groups[0]["lr"] == LR / 16
     if not GPU:
-        assert len(whole._recorder.recordings) == 1
+        assert len(whole.recorder.recordings) == 1
 
 
 def rates(step):
@@ -195,7 +195,7 @@ def test_a_rate_for_each_step_without_another_recording(optimizer):
     fit(fixed)
     assert fixed.history.history != whole.history.history
     if not GPU:
-        assert len(whole._recorder.recordings) == 2  # one for each fit
+        assert len(whole.recorder.recordings) == 2  # one for each fit
 
 
 def test_a_rate_for_each_step_and_a_listener():

@@ -28,7 +28,29 @@ def huber(y, t):
     return torch.where(d < 1, d * d / 2, d - 0.5).mean()
 
 
+def info_nce(y, t):
+    y, t = (v / v.norm(dim=1, keepdim=True) for v in (y, t))
+    similar = ((y @ t.T) / 0.1).exp()
+    pairs = similar.diagonal()
+    return -((pairs / similar.sum(0)).log() + (pairs / similar.sum(1)).log()).mean() / 2
+
+
+def triplet(y, t):
+    """Written out, one anchor after the other."""
+    losses = []
+    for i in range(len(y)):
+        distances = ((y[i] - y) ** 2).sum(1)
+        mine = [distances[j].sqrt() for j in range(len(y)) if j != i and t[j] == t[i]]
+        others = [distances[j].sqrt() for j in range(len(y)) if t[j] != t[i]]
+        if mine and others:
+            losses.append((max(mine) - min(others) + 1.0).clamp(min=0))
+    return torch.stack(losses).mean()
+
+
 FORMULAS = {
+    "cosine": lambda y, t: (1 - (y * t).sum(1) / (y.norm(dim=1) * t.norm(dim=1))).mean(),
+    "info_nce": info_nce,
+    "triplet": triplet,
     "mse": lambda y, t: ((y - t) ** 2).mean(),
     "mae": lambda y, t: (y - t).abs().mean(),
     "huber": huber,
@@ -46,6 +68,9 @@ def test_losses_are_their_formulas(name):
     hand = copy.deepcopy(model)
     x, y = make_x(ROWS).double(), torch.rand(ROWS, 4, dtype=torch.float64)
     y = F.softmax(y, 1) if name == "cross_entropy" else 4 * y if name == "huber" else y  # huber: both of its pieces
+    if name == "triplet":
+        y = torch.arange(ROWS) % 3
+        y[0] = 9  # alone in its class
     history = Trainer(model, "sgd", LR, name).fit(
         x, y, epochs=EPOCHS, batch_size=BATCH, shuffle=False, validation_data=(x, y), verbose=False
     )
@@ -221,3 +246,55 @@ def test_a_model_that_gives_no_probabilities():
 def test_shapes_must_be_the_models(name):
     with pytest.raises(DataError, match=r"the model gives \[1\] for a row and y has \[2\]"):
         Trainer(make_binary(), loss=name).fit(make_x(ROWS), torch.rand(ROWS, 2), verbose=False)
+
+
+# Losses over the rows of a batch.
+
+
+def test_a_single_row_has_no_contrast():
+    row = torch.rand(1, 4, requires_grad=True)
+    for value in (LOSSES["info_nce"](row, torch.rand(1, 4)), LOSSES["triplet"](row, torch.tensor([3]))):
+        assert value.item() == 0.0
+        value.backward()
+    assert torch.equal(row.grad, torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("labels", [[1, 1, 1], [1, 2, 3]], ids=["one class", "all alone"])
+def test_triplets_without_an_anchor_cost_nothing(labels):
+    vectors = torch.rand(3, 4, requires_grad=True)
+    value = LOSSES["triplet"](vectors, torch.tensor(labels))
+    value.backward()
+    assert value.item() == 0.0
+    assert torch.equal(vectors.grad, torch.zeros(3, 4))
+
+
+def test_triplets_of_equal_vectors_have_finite_gradients():
+    vectors = torch.ones(4, 3, requires_grad=True)
+    value = LOSSES["triplet"](vectors, torch.tensor([0, 0, 1, 1]))
+    value.backward()
+    assert value.item() == 1.0  # the margin
+    assert vectors.grad.isfinite().all()
+
+
+def test_triplets_move_classes_apart():
+    torch.manual_seed(0)
+    labels = torch.arange(60) % 2 + 5
+    x = torch.randn(60, 6)
+    x[:, 0] += 8.0 * (labels - 5.5)
+    model = Encoder(6, (16, 4), final_activation="identity")
+    history = Trainer(model, lr=1e-2, loss="triplet", seed=0).fit(x, labels, epochs=30, batch_size=30, verbose=False)
+    assert history.history["loss"][0] > 0.5
+    assert history.history["loss"][-1] < 0.1  # a model that maps all rows to one point has 1, the margin
+
+
+def test_the_engine_says_which_losses_it_leaves_to_pytorch():
+    trainer = Trainer(make_binary(), loss="cosine")
+    trainer.fit(make_x(ROWS), torch.ones(ROWS), verbose=False)
+    assert trainer.explain() == "step by step: the loss is cosine"
+
+
+def test_triplets_need_labels_and_a_temperature_is_positive():
+    with pytest.raises(DataError, match=r"has \[\] of torch.float32; triplet needs a vector, and a whole number"):
+        Trainer(Encoder(6, (2,)), loss="triplet").fit(make_x(ROWS), torch.rand(ROWS), verbose=False)
+    with pytest.raises(ValueError, match="temperature is 0; give a number above 0"):
+        LOSSES["info_nce"](torch.rand(2, 2), torch.rand(2, 2), temperature=0)

@@ -88,7 +88,7 @@ def other_kind(trainer):
 
 def in_float64(trainer):
     trainer.__init__(make_model(dtype=torch.float64).to(DEVICE), lr=LR, seed=3)
-    trainer._recorder = CudaRecorder() if GPU else CpuRecorder()
+    trainer.recorder = CudaRecorder() if GPU else CpuRecorder()
 
 
 REASONS = {
@@ -107,7 +107,7 @@ def test_why_not(prepare):
     whole, ordinary = make_trainer(make_model()), make_trainer(make_model())
     for trainer in (whole, ordinary):
         prepare(trainer)
-    ordinary._recorder = NoRecorder()
+    ordinary.recorder = NoRecorder()
     for trainer in (whole, ordinary):
         fit(trainer)
     assert_same_weights(whole.model, ordinary.model)
@@ -194,8 +194,8 @@ def test_the_recording_goes_at_the_end_and_the_users_tensors_stay():
     fit(trainer, make_x(48), callbacks=[At(24, remember)])  # the last step of all was a replayed one
     gc.collect()
     assert_replayed(trainer, 24 - WARM_UP, 24)
-    if isinstance(trainer._recorder, CpuRecorder):
-        trainer._recorder.recordings.clear()
+    if isinstance(trainer.recorder, CpuRecorder):
+        trainer.recorder.recordings.clear()
         gc.collect()
     assert all(reference() is None for reference in seen)
     assert [id(parameter) for parameter in model.parameters()] == parameters

@@ -25,7 +25,7 @@ class NoRecorder(CudaRecorder):
 
 def make_trainer(model, optimizer="adam", recorder=None, device=DEVICE, **options) -> Trainer:
     trainer = Trainer(model.to(device), optimizer, **{"lr": LR, "seed": 3} | options)
-    trainer._recorder = recorder or (CudaRecorder() if device == "cuda" else CpuRecorder())
+    trainer.recorder = recorder or (CudaRecorder() if device == "cuda" else CpuRecorder())
     return trainer
 
 

@@ -6,14 +6,16 @@ import importlib
 from types import ModuleType
 
 _PACKAGES = {"sklearn": "scikit-learn"}  # where pip's name is not the module's
+_ALONE = {"torchvision"}  # in none of fastenc's extras
 
 
-def require(module: str, purpose: str) -> ModuleType:
+def require(module: str, purpose: str, extra: str = "app") -> ModuleType:
     """The imported `module`; if its package is missing, ModuleNotFoundError that says how to install it.
 
     Args:
         module: for example "pandas" or "sklearn.impute".
         purpose: the subject of the error's sentence, for example "reading tables".
+        extra: which of the extras in pyproject.toml brings it.
     """
     try:
         return importlib.import_module(module)
@@ -22,4 +24,5 @@ def require(module: str, purpose: str) -> ModuleType:
         if error.name != top:  # the package is there, and something that it needs is not
             raise
         package = _PACKAGES.get(top, top)
-        raise ModuleNotFoundError(f'{purpose} needs {package}; run: pip install "fastenc[app]"', name=top) from None
+        install = package if top in _ALONE else f'"fastenc[{extra}]"'
+        raise ModuleNotFoundError(f"{purpose} needs {package}; run: pip install {install}", name=top) from None

@@ -19,7 +19,7 @@ from ..ops import forced_backend
 from .losses import LossFunction, loss_name
 from .recordable import hook_reason, signature
 from .sources import Rows
-from .steps import AfterStep, train_rows
+from .steps import AfterStep, BeforeStep, train_rows
 from .update import Update
 
 LOSS_CODES = ("mse", "mae", "huber", "cross_entropy", "bce", "bce_with_logits")  # as LossKind
@@ -54,7 +54,10 @@ class EngineSteps:
         self._target_reason: dict[str, str | None] = {}
         self._call_steps = FIRST_STEPS
         self._taken = self._whole = 0
+        self._singly = False
         self._reason: str | None = "no step was taken"
+        self._continued: tuple[int, int | None] | None = None
+        self.seed: int | None = None  # of what the latest epoch dropped; None where nothing can be
         self.stopped_in_time = False  # a loss was not finite, and the parameters are as before that step
 
     @property
@@ -63,7 +66,8 @@ class EngineSteps:
         if not self._whole:
             return f"step by step: {self._reason}"
         after = "" if self._reason is None else f"; now step by step: {self._reason}"
-        return f"{self._whole:,} of {self._taken:,} steps were taken whole, by the C++ engine{after}"
+        singly = ", one a call for callbacks inside the epoch" if self._singly else ""
+        return f"{self._whole:,} of {self._taken:,} steps were taken whole, by the C++ engine{singly}{after}"
 
     def train(
         self,
@@ -72,24 +76,33 @@ class EngineSteps:
         update: Update,
         order: Tensor | None,
         after_step: AfterStep | None = None,
+        before_step: BeforeStep | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One epoch; arguments and result as `train_rows`."""
+        """One epoch, or what `continue_at` has left of it; arguments and result as `train_rows`.
+
+        With `before_step` there must be an `after_step`.
+        """
         rows, batch_size = self._rows, self._batch_size
         self.stopped_in_time = False
+        first_step, seed = self._continued or (0, None)
+        self._continued = None
+        self._singly = after_step is not None
         if self._engine is None or self._watchful:
             self._look(model, loss, update, after_step is not None)
         if self._engine is None:
-            result = train_rows(model, loss, update, rows, order, batch_size, after_step)
+            result = train_rows(model, loss, update, rows, order, batch_size, after_step, before_step)
             self._taken += len(result[0])
             return result
         order = torch.arange(len(rows), device="cpu") if order is None else order.contiguous()
         batches = order.split(batch_size)
         counts = torch.tensor([len(batch) for batch in batches], device="cpu")
         losses = torch.full((len(batches),), torch.nan, dtype=torch.float64, device="cpu")
-        seed = int(torch.randint(2**62, ())) if self._drops else 0
+        self.seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu")) if self._drops else None
         done = 0
         while done < len(batches):
-            if after_step is not None and done > 0:
+            if before_step is not None:
+                before_step(done)
+            if after_step is not None and (done > 0 or before_step is not None):
                 self._look(model, loss, update, True)
             if self._engine is None:  # a listener has changed something
                 first = done
@@ -97,13 +110,18 @@ class EngineSteps:
                 def shifted(step: int, value: Tensor, first: int = first) -> bool:
                     return after_step is not None and after_step(first + step, value)
 
-                rest, _ = train_rows(model, loss, update, rows, order[done * batch_size :], batch_size, shifted)
+                def announced(step: int, first: int = first) -> None:
+                    if before_step is not None and step > 0:  # the first has been
+                        before_step(first + step)
+
+                part = order[done * batch_size :]
+                rest, _ = train_rows(model, loss, update, rows, part, batch_size, shifted, announced)
                 losses[done : done + len(rest)] = rest.double()
                 self._taken += len(rest)
                 done += len(rest)
                 break
             count = 1 if after_step is not None else min(self._call_steps, len(batches) - done)
-            taken = self._run(update, order, losses, done, count, seed)
+            taken = self._run(update, order, losses, done, count, first_step)
             done += taken
             if taken < count:
                 self.stopped_in_time = True
@@ -118,8 +136,12 @@ class EngineSteps:
         self._engine = self._signature = None
         self._held = []
 
-    def _run(self, update: Update, order: Tensor, losses: Tensor, done: int, count: int, seed: int) -> int:
-        """`count` steps from step `done` of the epoch on; how many were taken."""
+    def continue_at(self, first_step: int, seed: int | None) -> None:
+        """Let the next `train` be the rest of an epoch: from `first_step` on, with its `seed` of what is dropped."""
+        self._continued = (first_step, seed)
+
+    def _run(self, update: Update, order: Tensor, losses: Tensor, done: int, count: int, first_step: int) -> int:
+        """`count` steps from step `done` of `order` on; how many were taken. `first_step`: where the order starts."""
         x, target = self._rows.x, self._rows.target
         labels = not target.is_floating_point()
         part = order[done * self._batch_size : (done + count) * self._batch_size]
@@ -137,8 +159,8 @@ class EngineSteps:
                 order=part.data_ptr(),
                 rows=len(part),
                 rates=rates.data_ptr(),
-                seed=seed,
-                first_step=done,
+                seed=self.seed or 0,
+                first_step=first_step + done,
                 losses=losses[done:].data_ptr(),
             )
         finally:  # Ctrl-C is raised where the call returns, and its result is lost: the losses tell how far it came
@@ -179,8 +201,8 @@ class EngineSteps:
                 "the model is not a plain FusedDense, Encoder, AutoEncoder, Classifier or Regressor: it is of another "
                 "class, or has hooks"
             )
-        if name is None:
-            return "the loss is a function that the engine does not know"
+        if name not in LOSS_CODES:
+            return "the loss is a function that the engine does not know" if name is None else f"the loss is {name}"
         if reason := hook_reason(model, update.optimizer):
             return reason
         if reason := _optimizer_reason(model, update.optimizer):

@@ -15,7 +15,7 @@ from .losses import LossFunction
 from .recordable import host_state, on_device, signature, why_not
 from .recorder import CudaRecorder
 from .sources import Rows
-from .steps import AfterStep, take_step
+from .steps import AfterStep, BeforeStep, take_step
 from .update import Update
 
 WARM_UP = 3  # ordinary steps before recording: optimiser state, workspaces and compiled kernels must exist by then
@@ -68,13 +68,14 @@ class WholeSteps:
         update: Update,
         order: Tensor | None,
         after_step: AfterStep | None = None,
+        before_step: BeforeStep | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One epoch; arguments and result as `train_rows`, and the same bits where the kernels repeat theirs."""
         if order is None:
             order = torch.arange(len(self._rows), device=self._order.device)
         with self._recorder.stream(self._order.device):
             self._order.copy_(order[: self._order.numel()].view_as(self._order))
-            return self._train(model, loss, update, order.split(self._batch_size), after_step)
+            return self._train(model, loss, update, order.split(self._batch_size), after_step, before_step)
 
     def close(self) -> None:
         """Drop the recording and its memory. Gradients stay, in memory of their own."""
@@ -90,14 +91,17 @@ class WholeSteps:
         update: Update,
         batches: Sequence[Tensor],
         after_step: AfterStep | None,
+        before_step: BeforeStep | None,
     ) -> tuple[Tensor, Tensor]:
         full = len(self._order)
         look, position = True, None  # whether to look at what the user may have changed; where the device's count is
         for index, chosen in enumerate(batches):
+            if before_step is not None:
+                before_step(index)
             update.begin()
             if look:
                 self._look(model, loss, update)
-            if look or update.rate is not None:
+            if look or update.changing:
                 self._send_rates(update.optimizer)
             if index < full and self._replay is None and self._reason is None and self._warm >= WARM_UP:
                 self._record(model, loss, update)
@@ -115,7 +119,7 @@ class WholeSteps:
                 self._losses[index] = value
                 position = None
             self._taken += 1
-            look = after_step is not None
+            look = after_step is not None or before_step is not None
             if after_step is not None and after_step(index, self._losses[index]):
                 break
         return self._losses[: index + 1].clone(), torch.tensor([len(chosen) for chosen in batches[: index + 1]], device="cpu")

@@ -23,6 +23,52 @@ def bce(prediction: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy(prediction.masked_fill(bad, 0.5), target).masked_fill(bad.any(), math.nan)
 
 
+def cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - the cosine of the angle between prediction and target [rows, features], the mean over the rows."""
+    return 1.0 - F.cosine_similarity(prediction, target, dim=1).mean()
+
+
+def info_nce(prediction: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
+    """InfoNCE (van den Oord et al., 2018), both ways: which target goes with which prediction of the batch?
+
+    Args:
+        prediction, target: vectors [rows, features]; those of one row are a pair, all other targets of the batch are
+            its negatives. The loss of a single row is 0, and that of many depends on how many there are.
+        temperature: divides the cosines, which are the logits.
+
+    Raises:
+        ValueError: the temperature is not above 0.
+    """
+    if not temperature > 0.0:
+        raise ValueError(f"temperature is {temperature!r}; give a number above 0, such as 0.1")
+    logits = F.normalize(prediction, dim=1) @ F.normalize(target, dim=1).T / temperature
+    rows = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
+
+
+def triplet(prediction: Tensor, target: Tensor, margin: float = 1.0) -> Tensor:
+    """The triplet loss with the hardest triplets of the batch (Hermans et al., 2017).
+
+    The mean over the anchors of relu(furthest of the same class - nearest of another + margin), by Euclidean distance.
+
+    Args:
+        prediction: vectors [rows, features].
+        target: labels, int64 [rows]. Rows that have no other row of their class in the batch, or none of another class,
+            are no anchors; if there is no anchor the loss is 0.
+        margin: how much nearer than those of other classes the own class should be.
+    """
+    vectors = prediction.float() if prediction.dtype in (torch.bfloat16, torch.float16) else prediction
+    distances = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist")
+    same = target[:, None] == target[None, :]
+    itself = torch.eye(len(target), dtype=torch.bool, device=target.device)
+    furthest = distances.masked_fill(~same | itself, -math.inf).amax(1)
+    nearest = distances.masked_fill(same, math.inf).amin(1)
+    anchors = (same & ~itself).any(1) & (~same).any(1)
+    # Not a mean over chosen rows: their number would have to be waited for on a GPU.
+    losses = torch.where(anchors, furthest - nearest + margin, 0.0).relu()
+    return losses.sum() / anchors.sum().clamp(min=1)
+
+
 LOSSES: dict[str, LossFunction] = {
     "mse": F.mse_loss,
     "mae": F.l1_loss,
@@ -30,6 +76,9 @@ LOSSES: dict[str, LossFunction] = {
     "cross_entropy": F.cross_entropy,
     "bce": bce,
     "bce_with_logits": F.binary_cross_entropy_with_logits,
+    "cosine": cosine,
+    "info_nce": info_nce,
+    "triplet": triplet,
 }
 _FUNCTIONS = {function: name for name, function in LOSSES.items()} | {
     F.smooth_l1_loss: "huber",
@@ -77,7 +126,7 @@ def fit_target(target: Tensor, output: Tensor, loss: str | LossFunction, name: s
         loss: cross_entropy turns whole numbers into int64 labels and checks that each is a class of the model, or takes
             one probability for each class; the other names want the shape of the output, and give [rows] the shape
             [rows, 1] if that is the output's. bce and bce_with_logits want numbers within 0..1, and bce wants
-            them in `output` as well. A function gets the target as it is.
+            them in `output` as well. triplet takes int64 labels of any value. A function gets the target as it is.
         name: what to call the target in errors.
 
     Raises:
@@ -92,6 +141,13 @@ def fit_target(target: Tensor, output: Tensor, loss: str | LossFunction, name: s
     rows, wanted = len(target), output.shape[1:]
     if loss == "cross_entropy" and (target.shape != (rows, *wanted) or not target.is_floating_point()):
         return _labels(target, wanted, name)
+    if loss == "triplet":
+        if target.ndim != 1 or target.is_floating_point() or len(wanted) != 1:
+            raise DataError(
+                f"the model gives {list(wanted)} for a row and {name} has {list(target.shape[1:])} of {target.dtype}; "
+                "triplet needs a vector, and a whole number as label, for a row"
+            )
+        return target
     if target.ndim == 1 and wanted == (1,):
         target = target.unsqueeze(1)
     if target.shape[1:] != wanted:

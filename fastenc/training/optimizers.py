@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 OptimizerLike = str | Optimizer | Callable[[list[nn.Parameter]], Optimizer]
 
-Schedule = Callable[[int], float]
+RateFunction = Callable[[int], float]
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -25,17 +25,23 @@ DEFAULT_LR = 1e-3
 def make_optimizer(
     optimizer: OptimizerLike,
     parameters: Iterable[nn.Parameter],
-    lr: float | Schedule,
+    lr: float | RateFunction,
     weight_decay: float,
     momentum: float,
     nesterov: bool,
 ) -> Optimizer:
-    """An optimiser over those of `parameters` that require gradients; with a Schedule, at the rate of step 0.
+    """An optimiser over those of `parameters` that require gradients; with a RateFunction, at the rate of step 0.
 
     Raises:
         ValueError: nothing to train, an unknown name, an option that the optimiser does not take, a negative or NaN
             option, or an instance that holds none of the parameters.
+        TypeError: something that is no optimiser and makes none.
     """
+    if not isinstance(optimizer, (str, Optimizer)) and not callable(optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}; give one of {', '.join(OPTIMIZERS)}, an Optimizer, or a "
+            "function that makes one from a list of parameters"
+        )
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if not trainable:
         raise ValueError("the model has no parameter to train; set requires_grad on those that should be trained")
@@ -46,13 +52,15 @@ def make_optimizer(
             "lr, weight_decay, momentum and nesterov belong to optimisers given by name; set them on your optimiser"
         )
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(trainable)
+    if not isinstance(made, Optimizer):
+        raise TypeError(f"the optimizer's function gives a {type(made).__name__}; make it give a torch.optim.Optimizer")
     wanted = {id(parameter) for parameter in trainable}
     if not any(id(parameter) in wanted for group in made.param_groups for parameter in group["params"]):
         raise ValueError("the optimiser holds none of the model's parameters; make it from model.parameters()")
     return made
 
 
-def rate_at(schedule: Schedule, step: int) -> float:
+def rate_at(schedule: RateFunction, step: int) -> float:
     """The learning rate of a step.
 
     Raises:
@@ -67,7 +75,7 @@ def rate_at(schedule: Schedule, step: int) -> float:
 def _named(
     name: str,
     parameters: list[nn.Parameter],
-    lr: float | Schedule,
+    lr: float | RateFunction,
     weight_decay: float,
     momentum: float,
     nesterov: bool,

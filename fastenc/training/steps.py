@@ -11,6 +11,7 @@ from .losses import LossFunction
 from .sources import Rows
 from .update import Update
 
+BeforeStep = Callable[[int], None]
 AfterStep = Callable[[int, Tensor], bool]
 
 
@@ -22,9 +23,10 @@ def train_rows(
     order: Tensor | None,
     batch_size: int,
     after_step: AfterStep | None = None,
+    before_step: BeforeStep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One epoch over `rows` in `order` (int64 [rows]; None: as they are); arguments and result as `train_batches`."""
-    return train_batches(model, loss, update, rows.batches(batch_size, order), after_step)
+    return train_batches(model, loss, update, rows.batches(batch_size, order), after_step, before_step)
 
 
 def train_batches(
@@ -33,12 +35,17 @@ def train_batches(
     update: Update,
     batches: Iterable[tuple[Tensor, Tensor]],
     after_step: AfterStep | None = None,
+    before_step: BeforeStep | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step for each batch: forward, loss, backward, update.
+    """One step for each batch: forward, loss, backward, update; or an update for every few of them.
 
     Args:
         batches: (x, target) of at least one row each.
         after_step: called with the step's number and its loss [] after each step; True ends the epoch.
+        before_step: called with the step's number before each step.
+
+    Gradients of `update.accumulate` batches, the last time of what is left, make one update: it is that of the mean
+    loss over all their rows.
 
     Returns: the steps' losses and numbers of rows, both [steps], on the loss's device and on the CPU. Nothing waits for
     the device before the end.
@@ -46,13 +53,26 @@ def train_batches(
     parameters = list(model.parameters())
     losses: list[Tensor] = []
     counts: list[int] = []
+    pending = 0  # batches whose gradients wait for their update
     for x, target in batches:
-        update.begin()
-        value = take_step(model, parameters, loss, update, x, target)
+        if before_step is not None:
+            before_step(len(losses))
+        if pending == 0:
+            update.begin()
+        if update.accumulate == 1:
+            value = take_step(model, parameters, loss, update, x, target)
+        else:
+            value = _add_gradients(model, parameters, loss, update, x, target, first=pending == 0)
+            pending += 1
         losses.append(value)
         counts.append(x.shape[0])
+        if pending == update.accumulate:
+            _apply_mean(parameters, update, sum(counts[-pending:]))
+            pending = 0
         if after_step is not None and after_step(len(losses) - 1, value):
             break
+    if pending:
+        _apply_mean(parameters, update, sum(counts[-pending:]))
     return torch.stack(losses), torch.tensor(counts, device="cpu")
 
 
@@ -71,7 +91,33 @@ def take_step(
     for parameter in parameters:  # what zero_grad does, without its bookkeeping
         parameter.grad = None
     value = loss(model(x), target)
-    value.backward()
+    update.backward(value)
     update.apply(parameters)
     torch.clear_autocast_cache()  # around a whole fit, autocast would go on with casts of the weights of before
     return value.detach()
+
+
+def _add_gradients(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    loss: LossFunction,
+    update: Update,
+    x: Tensor,
+    target: Tensor,
+    first: bool,
+) -> Tensor:
+    """Add the gradients of a batch, times its rows, to those of the batches before it; its loss []."""
+    if first:
+        for parameter in parameters:
+            parameter.grad = None
+    value = loss(model(x), target)
+    update.backward(value * x.shape[0])
+    return value.detach()
+
+
+def _apply_mean(parameters: list[nn.Parameter], update: Update, rows: int) -> None:
+    """Update by the mean of gradients that were added up over `rows`."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_div_(gradients, float(rows))
+    update.apply(parameters)
+    torch.clear_autocast_cache()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -12,18 +14,23 @@ from torch import Tensor, nn
 
 from fastenc.data import DataError
 
+from .augmented import Augment, augmented
 from .callbacks import Callback, History
-from .engine import EngineSteps
-from .graph import WholeSteps
+from .checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from .find_lr import LearningRates, find_rates
+from .fitting import Fit
 from .losses import LossFunction, fit_target, get_loss
-from .optimizers import DEFAULT_LR, OptimizerLike, Schedule, make_optimizer
+from .metrics import Metrics
+from .model_checkpoint import ModelCheckpoint
+from .optimizers import DEFAULT_LR, OptimizerLike, RateFunction, make_optimizer
+from .precision import PRECISIONS, make_scaler
 from .progress import Progress, wants_progress
 from .recorder import CudaRecorder
 from .rng import RandomNumbers
+from .schedules import ScheduleLike, make_schedule
 from .sources import Rows, Stream, is_stream, make_rows, make_stream
-from .steps import train_batches
 from .update import Update
-from .weights import Snapshot, all_finite, mode
+from .weights import mode
 
 EVALUATION_ROWS = 1024  # at a time, where nothing is learned
 
@@ -42,8 +49,19 @@ class Trainer:
             biases) before they are clipped. The losses that are reported leave the penalty out.
         clip_norm: the most that the norm of all gradients together may be: larger ones are scaled down to it.
         clip_value: the most that each element of a gradient may be, up or down. Not together with clip_norm.
+        schedule: what the learning rates are times as a fit goes on: "step", "cosine", "warm_up", "one_cycle" or
+            "plateau", one of `fastenc.training.schedules` with options of your own, a torch.optim.lr_scheduler of the
+            optimiser, or a function that makes one from it. Schedules among the callbacks of `fit` are multiplied with
+            it. Each fit starts anew, but a torch scheduler goes on; rates are in the History as "lr".
+        accumulate: how many batches make one update, by the mean loss over all their rows. Steps are then updates.
+        precision: "fp32", or "bf16" or "fp16" for `torch.autocast`; weights stay as they are. fp16 scales the loss and
+            needs a GPU.
+        metrics: torchmetrics objects or functions (prediction, target) -> number, or name -> one of them, for
+            `evaluate` and the History. There, those of the training rows are measured after each epoch, in eval mode;
+            of a Dataset or DataLoader, which is read once, as the steps are taken.
         loss: "mse", "mae", "huber" (delta 1), "cross_entropy" (the model gives logits), "bce" (the model gives
-            probabilities), "bce_with_logits", or a function of (prediction, target) that gives the mean over the rows.
+            probabilities), "bce_with_logits", "cosine", "info_nce" (the target is each row's partner), "triplet" (of
+            labels; both over the rows of a batch), or a function of (prediction, target): the mean over the rows.
         seed: makes shuffling and dropout repeatable: the Trainer draws from random numbers of its own and PyTorch's
             global ones stay as they are, and `fit` for one epoch twice is `fit` for two. None: from the global ones.
         device: where to put the model; None leaves it where it is. Data follows the model.
@@ -51,6 +69,7 @@ class Trainer:
     Attributes:
         history: the History of the latest `fit`, while it runs and after an error or Ctrl-C too.
         stop_training: set to True by a callback to end `fit`.
+        fitting: the latest fit, with its `position`; None before the first.
 
     Arrays: x is what `fastenc.data.as_rows` takes, tensors, numpy arrays, memory maps, pandas and pyarrow tables, or a
     torch Dataset or DataLoader that gives x or (x, y). A DataLoader's own batch size and shuffling hold, not those
@@ -67,7 +86,7 @@ class Trainer:
         self,
         model: nn.Module,
         optimizer: OptimizerLike = "adam",
-        lr: float | Schedule = DEFAULT_LR,
+        lr: float | RateFunction = DEFAULT_LR,
         loss: str | LossFunction = "mse",
         *,
         weight_decay: float = 0.0,
@@ -76,19 +95,38 @@ class Trainer:
         l1: float = 0.0,
         clip_norm: float | None = None,
         clip_value: float | None = None,
+        schedule: ScheduleLike | None = None,
+        accumulate: int = 1,
+        precision: str = "fp32",
+        metrics: Iterable[Any] | Mapping[str, Any] = (),
         seed: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self._loss = get_loss(loss)
+        self.loss_function = get_loss(loss)
         self.loss = loss
         self.model = model if device is None else model.to(device)
         self.optimizer = make_optimizer(optimizer, model.parameters(), lr, weight_decay, momentum, nesterov)
-        self._update = Update(self.optimizer, l1, clip_norm, clip_value, rate=lr if callable(lr) else None)
+        self.schedule = make_schedule(schedule)
+        if self.schedule and callable(lr):
+            raise ValueError("lr is a function and schedule is given; leave one of them out")
+        self.precision = precision
+        self.update = Update(
+            self.optimizer,
+            l1,
+            clip_norm,
+            clip_value,
+            rate=lr if callable(lr) else None,
+            accumulate=accumulate,
+            scaler=make_scaler(precision, self._parameter().device),
+        )
+        self.metrics = Metrics(metrics)
         self.history = History()
         self.stop_training = False
-        self._random_numbers = RandomNumbers(seed)
-        self._recorder = CudaRecorder()
-        self._how = "no fit was started"
+        self.fitting: Fit | None = None
+        self.accumulate = accumulate
+        self.random_numbers = RandomNumbers(seed)
+        self.recorder = CudaRecorder()
+        self.how = "no fit was started"
 
     def fit(
         self,
@@ -102,6 +140,8 @@ class Trainer:
         shuffle: bool = True,
         callbacks: Sequence[Callback] = (),
         verbose: bool | str = "auto",
+        augment: Augment | None = None,
+        resume: str | os.PathLike[str] | None = None,
     ) -> History:
         """Train for `epochs` passes over the rows.
 
@@ -112,11 +152,19 @@ class Trainer:
             validation_data: x, or (x, y), to measure after each epoch; validation_split is then not looked at.
             shuffle: take the rows in a new random order in each epoch.
             verbose: "auto" shows a progress bar where stderr is a terminal, True always, False never.
+            augment: of `fastenc.data.augmentation`, any function from a batch [rows, features] to one of its shape, or
+                a list of these: applied to all training rows anew before each epoch (batch by batch where they come
+                from a Dataset or DataLoader). Without y the target stays the clean x. Makes a copy of x.
+            resume: the folder of a checkpoint, or of several, of which the latest is taken: go on from there, up to
+                `epochs` in all. On a CPU the bits are those of a fit that was not interrupted, if all else is as it
+                was: data, arguments, callbacks in their order.
 
         Returns: History, in which "loss" is the mean over the rows of an epoch, each as it was when its step was taken.
 
         Raises:
             DataError: bad x, y, validation_data or validation_split. Arrays are looked at before the model is touched.
+            CheckpointError: the checkpoint cannot be read or is of another model, optimiser or callbacks. The Trainer
+                is as it was.
             FloatingPointError: a loss or a weight became NaN or Inf. The model and the optimiser are as before that
                 step where the C++ engine took it and all weights are finite; else the model has the weights of the last
                 good epoch and the optimiser starts afresh. (With EarlyStopping, those of the best epoch.)
@@ -125,30 +173,115 @@ class Trainer:
         _check_count("batch_size", batch_size)
         if not 0.0 <= validation_split < 1.0:
             raise ValueError(f"validation_split is {validation_split}; it must be at least 0 and less than 1")
-        train = self._source(x, y, ("x", "y"), batch_size, shuffle)
-        validation: Rows | Stream | None = None
-        if validation_data is not None:
-            pair = validation_data if isinstance(validation_data, tuple) else (validation_data, None)
-            if len(pair) != 2:
-                raise ValueError(f"validation_data is a tuple of {len(pair)}; give x or (x, y)")
-            validation = self._source(*pair, ("validation x", "validation y"), EVALUATION_ROWS, False)
-        elif validation_split > 0.0:
-            if not isinstance(train, Rows):
-                raise DataError("validation_split needs arrays, and x is a Dataset or DataLoader; give validation_data")
-            train, validation = train.split(validation_split)
-        callbacks = [*callbacks, *([Progress(epochs)] if wants_progress(verbose) else [])]
+        with self.autocast():
+            train, validation = self._train_and_validation(x, y, batch_size, shuffle, validation_split, validation_data)
+            if augment is not None:
+                train = augmented(train, augment, self.model, self.loss)
+        callbacks = [*self.schedule, *callbacks, *([Progress(epochs)] if wants_progress(verbose) else [])]
+        callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))  # they save what the others know
         for callback in callbacks:
             callback.trainer = self
+        resumed = None if resume is None else Checkpoint.read(latest_checkpoint(resume))
+        fit = Fit(
+            self,
+            train,
+            validation,
+            epochs=epochs,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            callbacks=callbacks,
+            resumed=resumed,
+        )
+        if resumed is not None:
+            resumed.check(self, fit)
         self.history = History()
         self.stop_training = False
-        with self._random_numbers.use(self._parameter().device), mode(self.model, training=True):
-            self._epochs(train, validation, epochs, batch_size, shuffle, callbacks)
+        self.fitting = fit
+        with self._training():
+            fit.run()
         return self.history
 
-    def evaluate(self, x: Any, y: Any = None, *, batch_size: int = EVALUATION_ROWS) -> dict[str, float]:
-        """{"loss": mean over the rows} and, for cross_entropy, "accuracy"; in eval mode, without gradients."""
+    def partial_fit(self, x: Any, y: Any = None, *, batch_size: int | None = None) -> float:
+        """One pass over rows of a stream, in one step or in steps of `batch_size` rows, in their order.
+
+        Optimiser, random numbers and the count of steps go on from call to call, and from and to `fit`; `history` stays
+        as it is, and callbacks are not asked.
+
+        Returns: the mean loss over the rows, each as it was when its step was taken.
+
+        Raises:
+            ValueError: the Trainer has a schedule, which needs an end; give lr a function of the step's number.
+            DataError, FloatingPointError: as `fit`.
+        """
+        if self.schedule:
+            raise ValueError("partial_fit has no end, and schedule needs one; make lr a function of the step's number")
+        if batch_size is not None:
+            _check_count("batch_size", batch_size)
+        with self.autocast():
+            train = self._source(x, y, ("x", "y"), batch_size or EVALUATION_ROWS, False)
+        size = batch_size or (len(train) if isinstance(train, Rows) else EVALUATION_ROWS)
+        with self._training():
+            return Fit(self, train, batch_size=size, shuffle=False).run_once()
+
+    def save_checkpoint(self, folder: str | os.PathLike[str], *, preprocessing: dict[str, Any] | None = None) -> None:
+        """Save model, optimiser, schedule, random numbers, position, history and callbacks to `folder`.
+
+        The old checkpoint there is whole until the new one is. A model of this package can be had from the folder by
+        `load_pretrained`, too. Callbacks may call this, after an epoch or a step; ModelCheckpoint does it by itself.
+
+        Raises:
+            CheckpointError, OSError: it cannot be saved; the message says why.
+        """
+        save_checkpoint(self, folder, preprocessing=preprocessing)
+
+    def load_checkpoint(self, folder: str | os.PathLike[str]) -> None:
+        """Go on from what `save_checkpoint` wrote, without a fit: callbacks are left out.
+
+        Raises:
+            CheckpointError: as `fit`.
+        """
+        checkpoint = Checkpoint.read(latest_checkpoint(folder))
+        checkpoint.check(self, None)
+        checkpoint.apply(self, None)
+
+    def find_lr(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        batch_size: int = 32,
+        lowest: float = 1e-7,
+        highest: float = 10.0,
+        steps: int = 100,
+    ) -> LearningRates:
+        """Try learning rates from `lowest` to `highest`, one step each, until the loss explodes.
+
+        The rates of all parameter groups are the one that is tried. Afterwards model, optimiser and random numbers are
+        as they were.
+
+        Returns: LearningRates, with `suggestion` and `plot(path)`.
+
+        Raises:
+            DataError: as `fit`; a Dataset or DataLoader, too.
+            ValueError: the rates or steps make no range.
+        """
         _check_count("batch_size", batch_size)
-        return self._evaluate(self._source(x, y, ("x", "y"), batch_size, False), batch_size)
+        with self.autocast():
+            train = self._source(x, y, ("x", "y"), batch_size, True)
+        if not isinstance(train, Rows):
+            raise DataError("find_lr needs arrays, and x is a Dataset or DataLoader; give it some of the rows")
+        with self._training():
+            return find_rates(self, train, batch_size, lowest, highest, steps)
+
+    def evaluate(
+        self, x: Any, y: Any = None, *, batch_size: int = EVALUATION_ROWS, callbacks: Sequence[Callback] = ()
+    ) -> dict[str, float]:
+        """{"loss": mean over the rows}, for cross_entropy "accuracy", and the metrics: in eval mode, no gradients."""
+        _check_count("batch_size", batch_size)
+        for callback in callbacks:
+            callback.trainer = self
+        with self.autocast():
+            return self.measure(self._source(x, y, ("x", "y"), batch_size, False), batch_size, callbacks)
 
     def predict(self, x: Any, *, batch_size: int = EVALUATION_ROWS) -> Any:
         """The model's output for each row of x, in eval mode, without gradients.
@@ -163,113 +296,58 @@ class Trainer:
 
     def explain(self) -> str:
         """How the steps of the latest `fit` were taken, and why: by the C++ engine, by a CUDA graph, or one by one."""
-        return self._how
+        return self.how
 
-    def _epochs(
-        self,
-        train: Rows | Stream,
-        validation: Rows | Stream | None,
-        epochs: int,
-        batch_size: int,
-        shuffle: bool,
-        callbacks: Sequence[Callback],
-    ) -> None:
-        good = Snapshot(self.model)
-        whole: EngineSteps | WholeSteps | None = None
-        if not isinstance(train, Rows):
-            self._how = "step by step: the data comes from a Dataset or DataLoader"
-        elif reason := self._recorder.why_not(train.x.device):
-            watchful = any(type(callback) is not Progress for callback in callbacks)
-            whole = EngineSteps(train, batch_size, reason, watchful)
-        else:
-            whole = WholeSteps(train, batch_size, self._recorder)
-        for callback in callbacks:
-            callback.on_train_begin()
-        try:
-            for epoch in range(epochs):
-                for callback in callbacks:
-                    callback.on_epoch_begin(epoch)
-                logs = {"loss": self._train_epoch(epoch, train, whole, shuffle, callbacks)}
-                good.take()
-                if validation is not None:
-                    measured = self._evaluate(validation, EVALUATION_ROWS)
-                    logs.update({f"val_{name}": value for name, value in measured.items()})
-                self.history.add(epoch, logs)
-                for callback in callbacks:
-                    callback.on_epoch_end(epoch, logs)
-                if self.stop_training:
-                    break
-        except BaseException as error:
-            stopped_in_time = isinstance(whole, EngineSteps) and whole.stopped_in_time
-            if (isinstance(error, FloatingPointError) and not stopped_in_time) or not all_finite(self.model):
-                good.restore()
-                self.optimizer.state.clear()  # its averages are NaN as well
-            raise
-        finally:
-            if whole is not None:
-                self._how = whole.explanation
-                whole.close()
-            for callback in callbacks:
-                callback.on_train_end()
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision's, around what the model computes; nothing for fp32."""
+        dtype = PRECISIONS[self.precision]
+        return nullcontext() if dtype is None else torch.autocast(self._parameter().device.type, dtype)
 
-    def _train_epoch(
-        self,
-        epoch: int,
-        train: Rows | Stream,
-        whole: EngineSteps | WholeSteps | None,
-        shuffle: bool,
-        callbacks: Sequence[Callback],
-    ) -> float:
-        """Train one epoch; its mean loss over the rows."""
-        listeners = [c for c in callbacks if type(c).on_train_batch_end is not Callback.on_train_batch_end]
-
-        def after_step(step: int, value: Tensor) -> bool:
-            logs = {"loss": value.item()}
-            for listener in listeners:
-                listener.on_train_batch_end(step, logs)
-            return self.stop_training
-
-        hook = after_step if listeners else None
-        update = replace(self._update, optimizer=self.optimizer)  # a callback may have set another
-        if isinstance(train, Rows):
-            order = torch.randperm(len(train), device="cpu").to(train.x.device) if shuffle else None
-            assert whole is not None
-            losses, counts = whole.train(self.model, self._loss, update, order, hook)
-        else:
-            losses, counts = train_batches(self.model, self._checked_loss, update, train.batches(), hook)
-        losses = losses.double().cpu()
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
-            step = int(bad[0])
-            kept = isinstance(whole, EngineSteps) and whole.stopped_in_time and all_finite(self.model)
-            raise FloatingPointError(
-                f"the loss became {losses[step].item()} in epoch {epoch + 1}, step {step + 1}, and the model has the "
-                f"weights from before that {'step' if kept else 'epoch again'}; try a smaller lr, or scale the data"
-            )
-        if not all_finite(self.model):
-            raise FloatingPointError(
-                f"a weight became NaN or Inf in the last step of epoch {epoch + 1}, and the model has the weights from "
-                "before that epoch again; try a smaller lr, or scale the data"
-            )
-        return float((losses * counts).sum() / counts.sum())
-
-    def _evaluate(self, source: Rows | Stream, batch_size: int) -> dict[str, float]:
+    def measure(
+        self, source: Rows | Stream, batch_size: int = EVALUATION_ROWS, callbacks: Sequence[Callback] = ()
+    ) -> dict[str, float]:
+        """What `evaluate` gives, of checked data."""
         count = 0
         total = correct = torch.zeros((), dtype=torch.float64, device=self._parameter().device)
+        for callback in callbacks:
+            callback.on_test_begin()
+        self.metrics.reset(total.device)
         with mode(self.model, training=False), torch.inference_mode():
             for x, target in source.batches(batch_size):
                 output = self.model(x)
                 if isinstance(source, Stream):
                     target = fit_target(target, output, self.loss, f"the target in {source.name}")
                 count += len(x)
-                total = total + self._loss(output, target).double() * len(x)
+                total = total + self.loss_function(output, target).double() * len(x)
                 if self.loss == "cross_entropy":
                     labels = target if target.ndim < output.ndim else target.argmax(1)
                     correct = correct + (output.argmax(1) == labels).double().mean() * len(x)
+                if self.metrics:
+                    self.metrics.update(output, target)
         results = {"loss": float(total) / count}
         if self.loss == "cross_entropy":
             results["accuracy"] = float(correct) / count
+        if self.metrics:
+            results.update(self.metrics.compute())
+        for callback in callbacks:
+            callback.on_test_end(results)
         return results
+
+    def training_metrics(self, train: Rows | Stream) -> dict[str, float]:
+        """The metrics of the training data after an epoch; of a stream, as its steps were taken."""
+        if isinstance(train, Stream):
+            return self.metrics.compute()
+        self.measure(train)
+        return self.metrics.latest
+
+    def checked_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.loss_function(output, fit_target(target, output, self.loss, "the target"))
+
+    def measured_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """As `checked_loss`, and the metrics see the batch."""
+        target = fit_target(target, output, self.loss, "the target")
+        self.metrics.update(output, target)
+        return self.loss_function(output, target)
 
     def _outputs(self, function: Callable[[Tensor], Tensor], x: Any, batch_size: int) -> Any:
         _check_count("batch_size", batch_size)
@@ -295,6 +373,27 @@ class Trainer:
             return result.to(x.device)
         return (result.float() if result.dtype == torch.bfloat16 else result).cpu().numpy()
 
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """The Trainer's random numbers, training mode and precision."""
+        with self.random_numbers.use(self._parameter().device), mode(self.model, training=True), self.autocast():
+            yield
+
+    def _train_and_validation(
+        self, x: Any, y: Any, batch_size: int, shuffle: bool, validation_split: float, validation_data: Any
+    ) -> tuple[Rows | Stream, Rows | Stream | None]:
+        train = self._source(x, y, ("x", "y"), batch_size, shuffle)
+        if validation_data is not None:
+            pair = validation_data if isinstance(validation_data, tuple) else (validation_data, None)
+            if len(pair) != 2:
+                raise ValueError(f"validation_data is a tuple of {len(pair)}; give x or (x, y)")
+            return train, self._source(*pair, ("validation x", "validation y"), EVALUATION_ROWS, False)
+        if validation_split == 0.0:
+            return train, None
+        if not isinstance(train, Rows):
+            raise DataError("validation_split needs arrays, and x is a Dataset or DataLoader; give validation_data")
+        return train.split(validation_split)
+
     def _parameter(self) -> Tensor:
         """A parameter whose device and dtype are the model's."""
         return next(parameter for parameter in self.model.parameters() if parameter.is_floating_point())
@@ -319,9 +418,6 @@ class Trainer:
             output = self.model(source.x[:1].clone())  # a model may write to its input
         target = fit_target(source.target, output, self.loss, names[0] if y is None else names[1])
         return replace(source, target=target)
-
-    def _checked_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return self._loss(output, fit_target(target, output, self.loss, "the target"))
 
 
 def in_features(model: nn.Module) -> int | None:

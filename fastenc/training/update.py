@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from .optimizers import Schedule, rate_at
+from .optimizers import RateFunction, rate_at
 
 
 @dataclass
@@ -33,17 +34,25 @@ class Update:
         clip_value: brings each element of a gradient into -clip_value..clip_value. After l1.
         rate: from the step's number, 0 for a Trainer's first, to the learning rate of every group. It replaces what
             `optimizer.param_groups` holds. None: the groups' own rates.
-        steps: counts the steps.
+        factor: from the step's number to what the rate that each group had before its first step is times. Not together
+            with rate.
+        accumulate: how many batches give their gradients to one update.
+        scaler: scales the loss up before the backward pass, for gradients in float16, and the gradients down after it.
+        steps: counts the steps; with accumulate, the updates.
 
     Raises:
-        ValueError: l1 is negative or not finite, a limit is not positive and finite, or both limits are given.
+        ValueError: l1 is negative or not finite, a limit is not positive and finite, both limits are given, or
+            accumulate is no whole number of at least 1.
     """
 
     optimizer: Optimizer
     l1: float = 0.0
     clip_norm: float | None = None
     clip_value: float | None = None
-    rate: Schedule | None = None
+    rate: RateFunction | None = None
+    factor: Callable[[int], float] | None = None
+    accumulate: int = 1
+    scaler: GradScaler | None = None
     steps: StepCount = field(default_factory=StepCount)
 
     def __post_init__(self) -> None:
@@ -54,6 +63,20 @@ class Update:
                 raise ValueError(f"{name} is {limit!r}; give a finite number above 0, or None for no limit")
         if self.clip_norm is not None and self.clip_value is not None:
             raise ValueError("clip_norm and clip_value are both given; leave one of them out")
+        if not isinstance(self.accumulate, int) or self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate!r}; it must be a whole number of at least 1")
+
+    @property
+    def changing(self) -> bool:
+        """Whether the rates are those of `rate` or `factor`, and not the groups' own."""
+        return self.rate is not None or self.factor is not None
+
+    @property
+    def ordinary(self) -> str | None:
+        """Why these updates need steps taken one operation after another, in words; None if they do not."""
+        if self.accumulate > 1:
+            return f"the gradients of {self.accumulate} batches make one update"
+        return "the loss is scaled for gradients in float16" if self.scaler is not None else None
 
     def begin(self) -> None:
         """What the host does before each step, a replayed one too: set the step's rate, and count the step.
@@ -61,41 +84,59 @@ class Update:
         Raises:
             ValueError: `rate` gives no number of at least 0.
         """
-        if self.rate is not None:
-            rate = rate_at(self.rate, self.steps.taken)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+        self._set_rates(self.steps.taken)
         self.steps.taken += 1
 
     def rates(self, count: int) -> Tensor:
         """The learning rates of the next `count` steps: float64 [count, groups]. For steps taken as a whole."""
-        groups = self.optimizer.param_groups
-        if self.rate is None:
-            rates = torch.tensor([[float(group["lr"]) for group in groups]], dtype=torch.float64, device="cpu")
+        if not self.changing:
+            rates = torch.tensor([[float(group["lr"]) for group in self.optimizer.param_groups]], dtype=torch.float64, device="cpu")
             return rates.expand(count, -1).contiguous()
-        values = [[rate_at(self.rate, self.steps.taken + step)] * len(groups) for step in range(count)]
+        values = [self._rates_at(self.steps.taken + step) for step in range(count)]
         return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def advance(self, count: int) -> None:
         """What `begin` does, for `count` steps that were taken at `rates`."""
-        if self.rate is not None and count > 0:
-            rate = rate_at(self.rate, self.steps.taken + count - 1)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+        if count > 0:
+            self._set_rates(self.steps.taken + count - 1)
         self.steps.taken += count
+
+    def backward(self, value: Tensor) -> None:
+        """The gradients of a loss, scaled up if they are to be."""
+        (value if self.scaler is None else self.scaler.scale(value)).backward()
 
     def apply(self, parameters: Sequence[nn.Parameter]) -> None:
         """Penalise, clip and update, by what `parameters`, all of the model, have for gradients.
 
         Nothing waits for the device, so that it can be recorded.
         """
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         if self.l1 != 0.0:
             _penalise(parameters, self.l1)
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         elif self.clip_value is not None:
             nn.utils.clip_grad_value_(parameters, self.clip_value)
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+            return
+        self.scaler.step(self.optimizer)  # but not where a gradient is NaN or Inf: the scale was too large
+        self.scaler.update()
+
+    def _rates_at(self, step: int) -> list[float]:
+        """The rate of each group in a step, by `rate` or `factor`."""
+        groups = self.optimizer.param_groups
+        if self.factor is None:
+            assert self.rate is not None
+            return [rate_at(self.rate, step)] * len(groups)
+        factor = self.factor(step)
+        return [group.setdefault("initial_lr", float(group["lr"])) * factor for group in groups]
+
+    def _set_rates(self, step: int) -> None:
+        if self.changing:
+            for group, rate in zip(self.optimizer.param_groups, self._rates_at(step), strict=True):
+                group["lr"] = rate
 
 
 @torch.no_grad()

@@ -15,15 +15,19 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._live: list[Tensor] = [*model.parameters(), *model.buffers()]
-        self._kept = [tensor.detach().clone() for tensor in self._live]
+        self.kept = [tensor.detach().clone() for tensor in self._live]
 
     def take(self) -> None:
         """Copy the weights again, into the same memory."""
-        self._copy(self._live, self._kept)
+        self._copy(self._live, self.kept)
+
+    def keep(self, tensors: list[Tensor]) -> None:
+        """Take `tensors`, which another Snapshot of such a model has `kept`."""
+        self._copy(tensors, self.kept)
 
     def restore(self) -> None:
         """Give the model the copy."""
-        self._copy(self._kept, self._live)
+        self._copy(self.kept, self._live)
 
     @torch.no_grad()
     def _copy(self, sources: list[Tensor], targets: list[Tensor]) -> None:
