@@ -14,6 +14,7 @@ from torch import Tensor
 from .callbacks import Callback
 from .engine import EngineSteps
 from .graph import WholeSteps
+from .measuring import measure, training_metrics
 from .progress import Progress
 from .schedules import Schedule, TorchSchedule
 from .sources import Rows, Stream
@@ -118,11 +119,11 @@ class Fit:
         logs = {"loss": self._train_epoch(epoch)}
         good.take()
         if trainer.metrics:
-            logs.update(trainer.training_metrics(self.train))
+            logs.update(training_metrics(trainer, self.train))
         if self._schedules:
             logs["lr"] = float(trainer.optimizer.param_groups[0]["lr"])
         if self.validation is not None:
-            measured = trainer.measure(self.validation, callbacks=self.callbacks)
+            measured = measure(trainer, self.validation, callbacks=self.callbacks)
             logs.update({f"val_{name}": value for name, value in measured.items()})
         trainer.history.add(epoch, logs)
         position.epoch, position.step, position.losses, position.random = epoch + 1, 0, [], None
