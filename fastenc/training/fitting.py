@@ -51,6 +51,7 @@ class Fit:
 
     Attributes:
         position: where it is.
+        rows: how many are trained on; None where they come from a Dataset or DataLoader.
         resumed: the checkpoint that it goes on from, or None.
     """
 
@@ -68,6 +69,7 @@ class Fit:
     ) -> None:
         self.trainer, self.train, self.validation = trainer, train, validation
         self.epochs, self.batch_size, self.shuffle = epochs, batch_size, shuffle
+        self.rows = len(train) if isinstance(train, Rows) else None
         self.callbacks = callbacks
         self.resumed = resumed
         self.position = Position(start=trainer.update.steps.taken)
@@ -106,6 +108,7 @@ class Fit:
         finally:
             for callback in begun:
                 callback.on_train_end()
+            del self.train, self.validation, self._whole  # the Trainer keeps this fit, and need not keep its data
 
     def run_once(self) -> float:
         """One pass over the rows, without callbacks; its mean loss."""
@@ -214,7 +217,7 @@ class Fit:
         if first == 0 or now is None:
             return order
         random_numbers.load(now, device)
-        if isinstance(self._whole, EngineSteps):
+        if isinstance(self._whole, EngineSteps) and first * self.batch_size < len(train):
             self._whole.continue_at(first, position.seed)
         order = torch.arange(len(train), device=device) if order is None else order
         return order[first * self.batch_size :]
