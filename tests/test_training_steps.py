@@ -1,6 +1,8 @@
 """Hooks around steps, several batches for an update, precisions, and partial_fit."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -207,3 +209,13 @@ def test_batch_norm_learns_from_partial_fit():
     Trainer(model).partial_fit(make_x())
     assert int(model[1].num_batches_tracked) == 1
     assert not model.training  # as it was
+
+
+def test_a_trainer_does_not_keep_the_data_of_its_fit():
+    data = make_x().clone()
+    kept = weakref.ref(data)
+    trainer = Trainer(make_model())
+    trainer.fit(data, validation_data=data, verbose=False)
+    del data
+    gc.collect()
+    assert kept() is None

@@ -78,6 +78,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     history = fit(WandB(project="fastenc-test", mode="offline", dir=str(tmp_path)))
     assert seen == rows(history)
     assert wandb.run is None  # it was ended
+    wandb.teardown()  # its service writes by itself, until it ends
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     content = file.read_bytes()
     assert b"val_loss" in content

@@ -26,7 +26,6 @@ from ..files import canonical, remove_abandoned, separate, tensors_digest, text_
 from ..pretrained import Pretrained
 from .callbacks import Callback, History
 from .fitting import Fit, Position
-from .sources import Rows
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -53,7 +52,7 @@ def save_checkpoint(
     """The work of `Trainer.save_checkpoint`. `measured`: what the epoch gave, to choose among checkpoints by."""
     fit, history = trainer.fitting, trainer.history
     position = Position(start=trainer.update.steps.taken) if fit is None else fit.position
-    if fit is not None and position.step > 0 and not isinstance(fit.train, Rows):
+    if fit is not None and position.step > 0 and fit.rows is None:
         raise CheckpointError(
             "a checkpoint inside an epoch needs arrays, and x is a Dataset or DataLoader; save after an epoch"
         )
@@ -73,7 +72,7 @@ def save_checkpoint(
         "history": {"epoch": history.epoch, "history": history.history},
         "callbacks": [entry for entry in callbacks if entry[1]],
         "batch_size": None if fit is None else fit.batch_size,
-        "rows": len(fit.train) if fit is not None and isinstance(fit.train, Rows) else None,
+        "rows": None if fit is None else fit.rows,
     }
     tensors: dict[str, Tensor] = {}
     packed = {name: _pack(value, name, tensors) for name, value in state.items()}
@@ -222,11 +221,10 @@ class Checkpoint:
 
     def _place_problems(self, fit: Fit) -> list[str]:
         step, rows, batch_size = self.state["position"]["step"], self.state["rows"], self.state["batch_size"]
-        given = len(fit.train) if isinstance(fit.train, Rows) else None
-        if step == 0 or (given, fit.batch_size) == (rows, batch_size):
+        if step == 0 or (fit.rows, fit.batch_size) == (rows, batch_size):
             return []
         return [
-            f"it was saved inside an epoch of {rows} rows in batches of {batch_size}, and fit is given {given} in "
+            f"it was saved inside an epoch of {rows} rows in batches of {batch_size}, and fit is given {fit.rows} in "
             f"batches of {fit.batch_size}"
         ]
 

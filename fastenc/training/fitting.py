@@ -15,6 +15,7 @@ from .augmented import AugmentedRows
 from .callbacks import Callback
 from .engine import EngineSteps
 from .graph import WholeSteps
+from .measuring import measure, training_metrics
 from .progress import Progress
 from .schedules import Schedule, TorchSchedule
 from .sources import Rows, Stream
@@ -51,6 +52,7 @@ class Fit:
 
     Attributes:
         position: where it is.
+        rows: how many are trained on; None where they come from a Dataset or DataLoader.
         resumed: the checkpoint that it goes on from, or None.
     """
 
@@ -68,6 +70,7 @@ class Fit:
     ) -> None:
         self.trainer, self.train, self.validation = trainer, train, validation
         self.epochs, self.batch_size, self.shuffle = epochs, batch_size, shuffle
+        self.rows = len(train) if isinstance(train, Rows) else None
         self.callbacks = callbacks
         self.resumed = resumed
         self.position = Position(start=trainer.update.steps.taken)
@@ -106,6 +109,7 @@ class Fit:
         finally:
             for callback in begun:
                 callback.on_train_end()
+            del self.train, self.validation, self._whole  # the Trainer keeps this fit, and need not keep its data
 
     def run_once(self) -> float:
         """One pass over the rows, without callbacks; its mean loss."""
@@ -119,11 +123,11 @@ class Fit:
         logs = {"loss": self._train_epoch(epoch)}
         good.take()
         if trainer.metrics:
-            logs.update(trainer.training_metrics(self.train))
+            logs.update(training_metrics(trainer, self.train))
         if self._schedules:
             logs["lr"] = float(trainer.optimizer.param_groups[0]["lr"])
         if self.validation is not None:
-            measured = trainer.measure(self.validation, callbacks=self.callbacks)
+            measured = measure(trainer, self.validation, callbacks=self.callbacks)
             logs.update({f"val_{name}": value for name, value in measured.items()})
         trainer.history.add(epoch, logs)
         position.epoch, position.step, position.losses, position.random = epoch + 1, 0, [], None
@@ -216,7 +220,7 @@ class Fit:
         if first == 0 or now is None:
             return order
         random_numbers.load(now, device)
-        if isinstance(self._whole, EngineSteps):
+        if isinstance(self._whole, EngineSteps) and first * self.batch_size < len(train):
             self._whole.continue_at(first, position.seed)
         order = torch.arange(len(train), device=device) if order is None else order
         return order[first * self.batch_size :]

@@ -19,7 +19,6 @@ from .checkpoint import (
     make_folder,
     save_checkpoint,
 )
-from .sources import Rows
 
 LOCK_FILE = ".lock"
 
@@ -94,7 +93,7 @@ class ModelCheckpoint(Callback):
     def on_train_begin(self) -> None:
         fit = self.trainer.fitting
         make_folder(self.folder)
-        if self.every_steps is not None and fit is not None and not isinstance(fit.train, Rows):
+        if self.every_steps is not None and fit is not None and fit.rows is None:
             raise CheckpointError("every_steps needs arrays, and x is a Dataset or DataLoader; leave every_steps out")
         if self.every_steps is not None and self.every_steps % self.trainer.accumulate:
             raise CheckpointError(

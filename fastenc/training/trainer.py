@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from .find_lr import LearningRates, find_rates
 from .fitting import Fit
 from .losses import LossFunction, fit_target, get_loss
+from .measuring import EVALUATION_ROWS, measure, outputs
 from .metrics import Metrics
 from .model_checkpoint import ModelCheckpoint
 from .optimizers import DEFAULT_LR, OptimizerLike, RateFunction, make_optimizer
@@ -31,8 +32,6 @@ from .schedules import ScheduleLike, make_schedule
 from .sources import Rows, Stream, is_stream, make_rows, make_stream
 from .update import Update
 from .weights import mode
-
-EVALUATION_ROWS = 1024  # at a time, where nothing is learned
 
 
 class Trainer:
@@ -54,8 +53,8 @@ class Trainer:
             optimiser, or a function that makes one from it. Schedules among the callbacks of `fit` are multiplied with
             it. Each fit starts anew, but a torch scheduler goes on; rates are in the History as "lr".
         accumulate: how many batches make one update, by the mean loss over all their rows. Steps are then updates.
-        precision: "fp32", or "bf16" or "fp16" for `torch.autocast`; weights stay as they are. fp16 scales the loss and
-            needs a GPU.
+        precision: "fp32", or "bf16" or "fp16" for `torch.autocast` in `fit` and `evaluate`; weights stay as they are.
+            fp16 scales the loss and needs a GPU.
         metrics: torchmetrics objects or functions (prediction, target) -> number, or name -> one of them, for
             `evaluate` and the History. There, those of the training rows are measured after each epoch, in eval mode;
             of a Dataset or DataLoader, which is read once, as the steps are taken.
@@ -281,7 +280,7 @@ class Trainer:
         for callback in callbacks:
             callback.trainer = self
         with self.autocast():
-            return self.measure(self._source(x, y, ("x", "y"), batch_size, False), batch_size, callbacks)
+            return measure(self, self._source(x, y, ("x", "y"), batch_size, False), batch_size, callbacks)
 
     def predict(self, x: Any, *, batch_size: int = EVALUATION_ROWS) -> Any:
         """The model's output for each row of x, in eval mode, without gradients.
@@ -303,43 +302,6 @@ class Trainer:
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self._parameter().device.type, dtype)
 
-    def measure(
-        self, source: Rows | Stream, batch_size: int = EVALUATION_ROWS, callbacks: Sequence[Callback] = ()
-    ) -> dict[str, float]:
-        """What `evaluate` gives, of checked data."""
-        count = 0
-        total = correct = torch.zeros((), dtype=torch.float64, device=self._parameter().device)
-        for callback in callbacks:
-            callback.on_test_begin()
-        self.metrics.reset(total.device)
-        with mode(self.model, training=False), torch.inference_mode():
-            for x, target in source.batches(batch_size):
-                output = self.model(x)
-                if isinstance(source, Stream):
-                    target = fit_target(target, output, self.loss, f"the target in {source.name}")
-                count += len(x)
-                total = total + self.loss_function(output, target).double() * len(x)
-                if self.loss == "cross_entropy":
-                    labels = target if target.ndim < output.ndim else target.argmax(1)
-                    correct = correct + (output.argmax(1) == labels).double().mean() * len(x)
-                if self.metrics:
-                    self.metrics.update(output, target)
-        results = {"loss": float(total) / count}
-        if self.loss == "cross_entropy":
-            results["accuracy"] = float(correct) / count
-        if self.metrics:
-            results.update(self.metrics.compute())
-        for callback in callbacks:
-            callback.on_test_end(results)
-        return results
-
-    def training_metrics(self, train: Rows | Stream) -> dict[str, float]:
-        """The metrics of the training data after an epoch; of a stream, as its steps were taken."""
-        if isinstance(train, Stream):
-            return self.metrics.compute()
-        self.measure(train)
-        return self.metrics.latest
-
     def checked_loss(self, output: Tensor, target: Tensor) -> Tensor:
         return self.loss_function(output, fit_target(target, output, self.loss, "the target"))
 
@@ -352,23 +314,8 @@ class Trainer:
     def _outputs(self, function: Callable[[Tensor], Tensor], x: Any, batch_size: int) -> Any:
         _check_count("batch_size", batch_size)
         source = self._inputs(x, None, ("x", "y"), batch_size, False)
-        rows = len(source) if isinstance(source, Rows) else 0  # of a stream it shows at its end
-        result, parts, start = None, [], 0
         with mode(self.model, training=False), torch.inference_mode():
-            for batch, _ in source.batches(batch_size):
-                part = function(batch)
-                if not isinstance(part, Tensor):
-                    raise TypeError(f"the model gives a {type(part).__name__}; predict and encode need one tensor")
-                if not rows:
-                    parts.append(part)
-                    continue
-                if result is None:
-                    with torch.inference_mode(False):  # so that the result can be trained on
-                        result = torch.empty((rows, *part.shape[1:]), dtype=part.dtype, device=part.device)
-                result[start : start + len(part)] = part
-                start += len(part)
-        if result is None:
-            result = torch.cat(parts)
+            result = outputs(function, source, batch_size)
         if isinstance(x, Tensor):
             return result.to(x.device)
         return (result.float() if result.dtype == torch.bfloat16 else result).cpu().numpy()

@@ -1,0 +1,82 @@
+"""What a model gives and how good it is: over data, in eval mode, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .callbacks import Callback
+from .losses import fit_target
+from .sources import Rows, Stream
+from .weights import mode
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+EVALUATION_ROWS = 1024  # at a time, where nothing is learned
+
+
+def measure(
+    trainer: Trainer, source: Rows | Stream, batch_size: int = EVALUATION_ROWS, callbacks: Sequence[Callback] = ()
+) -> dict[str, float]:
+    """What `Trainer.evaluate` gives, of checked data."""
+    model, metrics, by_labels = trainer.model, trainer.metrics, trainer.loss == "cross_entropy"
+    count = 0
+    total = correct = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+    for callback in callbacks:
+        callback.on_test_begin()
+    metrics.reset(total.device)
+    with mode(model, training=False), torch.inference_mode():
+        for x, target in source.batches(batch_size):
+            output = model(x)
+            if isinstance(source, Stream):
+                target = fit_target(target, output, trainer.loss, f"the target in {source.name}")
+            count += len(x)
+            total = total + trainer.loss_function(output, target).double() * len(x)
+            if by_labels:
+                labels = target if target.ndim < output.ndim else target.argmax(1)
+                correct = correct + (output.argmax(1) == labels).double().mean() * len(x)
+            if metrics:
+                metrics.update(output, target)
+    results = {"loss": float(total) / count}
+    if by_labels:
+        results["accuracy"] = float(correct) / count
+    if metrics:
+        results.update(metrics.compute())
+    for callback in callbacks:
+        callback.on_test_end(results)
+    return results
+
+
+def training_metrics(trainer: Trainer, train: Rows | Stream) -> dict[str, float]:
+    """The metrics of the training data after an epoch; of a stream, as its steps were taken."""
+    if isinstance(train, Stream):
+        return trainer.metrics.compute()
+    measure(trainer, train)
+    return trainer.metrics.latest
+
+
+def outputs(function: Callable[[Tensor], Tensor], source: Rows | Stream, batch_size: int) -> Tensor:
+    """What `function` gives for each row: [rows, ...], in memory of its own.
+
+    Raises:
+        TypeError: it gives something else than one tensor.
+    """
+    rows = len(source) if isinstance(source, Rows) else 0  # of a stream it shows at its end
+    result, parts, start = None, [], 0
+    for batch, _ in source.batches(batch_size):
+        part = function(batch)
+        if not isinstance(part, Tensor):
+            raise TypeError(f"the model gives a {type(part).__name__}; predict and encode need one tensor")
+        if not rows:
+            parts.append(part)
+            continue
+        if result is None:
+            with torch.inference_mode(False):  # so that the result can be trained on
+                result = torch.empty((rows, *part.shape[1:]), dtype=part.dtype, device=part.device)
+        result[start : start + len(part)] = part
+        start += len(part)
+    return torch.cat(parts) if result is None else result
