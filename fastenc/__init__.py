@@ -3,6 +3,7 @@
 from typing import Any
 
 from .encoder import AutoEncoder, Classifier, Encoder, Regressor
+from .evaluation import EvaluationReport, evaluate
 from .explain import explain
 from .functional import encoder, fused_dense
 from .modules import FusedDense
@@ -19,12 +20,14 @@ __all__ = [
     "Classifier",
     "EarlyStopping",
     "Encoder",
+    "EvaluationReport",
     "FusedDense",
     "History",
     "ModelFileError",
     "Regressor",
     "Trainer",
     "encoder",
+    "evaluate",
     "explain",
     "fused_dense",
     "load_preprocessing",

@@ -6,7 +6,6 @@ or a machine that cannot do it.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from .backends import BACKENDS
 from .data import DataError, Prepared, Preprocessor, load
 from .data.preprocessing import MISSING, SCALES
 from .encoder import AutoEncoder, Encoder
+from .evaluation import evaluate as measure_quality
 from .explain import explain
 from .info import clear_tuning, describe
 from .pipeline import (
@@ -34,10 +34,10 @@ from .pipeline import (
 )
 from .pretrained import ModelFileError
 from .record import read_record, split_rows, write_record
-from .report import dead_units, evaluate_codes, render_evaluation
+from .report import dead_units
 from .training import EarlyStopping, Trainer
 from .tune import tune as measure
-from .vectors import check_folder_of, check_output, replacing, rows_file, write_row_numbers, write_vectors
+from .vectors import check_folder_of, check_output, rows_file, write_row_numbers, write_vectors
 
 try:
     import typer
@@ -49,7 +49,7 @@ except ModuleNotFoundError:
 OPTIMIZERS = ("adam", "adamw", "sgd")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 TUNED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EXTRAS = ("sklearn", "pandas", "pyarrow")
+EXTRAS = ("sklearn", "pandas", "pyarrow", "matplotlib")
 
 
 class OneSentenceErrors(TyperGroup):
@@ -134,6 +134,12 @@ def positive(value: float) -> float:
 def fraction(value: float) -> float:
     if not 0 <= value < 1:
         raise typer.BadParameter(f"{value} is not at least 0 and less than 1")
+    return value
+
+
+def inner_fraction(value: float) -> float:
+    if not 0 < value < 1:
+        raise typer.BadParameter(f"{value} is not more than 0 and less than 1")
     return value
 
 
@@ -257,6 +263,16 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a JSON file, too.")
     ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with tables and pictures, too.")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A scorer of scikit-learn's, for a linear model of the labels."),
+    ] = None,
+    quantile: Annotated[
+        float, typer.Option(callback=inner_fraction, help="Share of fitted rows below the anomaly score's threshold.")
+    ] = 0.95,
 ) -> None:
     """Measure how much of DATA the codes of the model in DIR keep, beside PCA of the same size.
 
@@ -264,27 +280,32 @@ def evaluate(
     on, and everything is scored on those that were held out. Otherwise they are fitted on 70% of the rows, chosen at
     random, and everything is scored on the other 30%: PCA then knows this very data, and the model may not.
     """
-    if json_file is not None:
-        check_folder_of(json_file)
+    for file in (json_file, html_file):
+        if file is not None:
+            check_folder_of(file)
     saved, record = SavedModel(folder), read_record(folder)
     source = load_labelled(data, target, None if record is None else record["target"])
     prepared = saved.prepare(data, source.features)
     report_rows(prepared)
     fit_rows, score_rows, why = rows_to_score(prepared, record, data)
-    evaluation = evaluate_codes(
+    report = measure_quality(
+        saved.model,
         prepared.x,
-        np.concatenate(list(saved.codes(prepared.x))),
-        saved.reconstruction(prepared.x),
         None if source.target is None else source.target[prepared.rows],
         fit_rows=fit_rows,
         score_rows=score_rows,
+        metric=metric,
+        quantile=quantile,
+        feature_names=None if saved.preprocessor is None else saved.preprocessor.feature_names,
+        row_numbers=prepared.rows,
     )
-    typer.echo(f"{why}\n\n{render_evaluation(evaluation)}")
+    typer.echo(f"{why}\n\n{report}")
     if json_file is not None:
-        with replacing(json_file) as temporary:
-            text = json.dumps({"model": str(folder), "data": data, "rows": why, **evaluation.to_dict()}, indent=2)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        report.save_json(json_file, model=str(folder), data=data, rows=why)
         typer.echo(f"\nwritten to {json_file}")
+    if html_file is not None:
+        report.save_html(html_file, f"{folder} on {data}", [why])
+        typer.echo(f"\nwritten to {html_file}")
 
 
 @app.command()

@@ -140,6 +140,22 @@ def test_evaluate_scores_the_held_out_rows(digits_model, tmp_path):
         assert 0.5 < accuracy["code, 8 numbers"] <= 1  # a guess is right once in ten
 
 
+def test_evaluate_writes_a_page_and_measures_what_is_asked_for(digits_model, tmp_path):
+    folder, _ = digits_model
+    files = ["--html", tmp_path / "page.html", "--json", tmp_path / "figures.json"]
+    output = succeed("evaluate", folder, "digits", *files, "--metric", "f1_macro", "--quantile", "0.5")
+    assert "Linear model, f1_macro" in output
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 6
+    assert "Scored on the 180 rows that were held out" in page
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert 0.3 < figures["anomaly"]["share"] < 0.7
+    assert len(figures["features"]) == 64
+    assert "metric is 'best'" in fail("evaluate", folder, "digits", "--metric", "best")
+    assert "does not exist" in fail("evaluate", folder, "digits", "--html", tmp_path / "no" / "page.html")
+    assert run("evaluate", folder, "digits", "--quantile", "1").exit_code == 2
+
+
 def test_evaluate_on_other_data_splits_it(digits_model, tmp_path):
     folder, _ = digits_model
     np.save(tmp_path / "other.npy", pipeline.load("digits").features[:500])

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "fastenc"
 # From the top: a module may import from its own layer and from those below. A module of `fastenc/` that is not here is
 # an error, so that it gets its place.
 LAYERS = (
-    {"__main__", "cli", "info", "pipeline", "plots", "record", "report", "sklearn", "vectors"},
+    {"__main__", "cli", "evaluation", "info", "pipeline", "plots", "record", "report", "sklearn", "vectors"},
     {"training"},
     {"encoder", "explain", "pretrained", "tune"},
     {"modules"},
