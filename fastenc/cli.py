@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from . import __version__
 from .activation import ACTIVATIONS
 from .backends import BACKENDS
 from .data import DataError, Prepared, Preprocessor, load
-from .data.preprocessing import MISSING, SCALES
+from .data.preprocessing import DATES, MISSING, SCALES, TEXTS
 from .encoder import AutoEncoder, Encoder
 from .evaluation import evaluate as measure_quality
 from .explain import explain
@@ -173,6 +174,8 @@ def train(
     loss: Annotated[str, choice("Loss", "mse", "mae")] = "mse",
     missing: Annotated[str, choice("What to do about rows with missing values", *MISSING)] = "impute",
     scale: Annotated[str, choice("Scaling of number columns", *SCALES)] = "standard",
+    text: Annotated[str, choice("What text columns become", *TEXTS)] = "one-hot",
+    dates: Annotated[str, choice("What to do about columns of dates", *DATES)] = "refuse",
     validation_split: Annotated[
         float, typer.Option(callback=fraction, help="Share of the rows, chosen at random, that is not trained on.")
     ] = 0.1,
@@ -197,7 +200,7 @@ def train(
     if patience is not None and len(held_out) == 0:
         raise DataError(f"--patience needs validation rows, and {data} leaves none; raise --validation-split")
     with naming(data):
-        preprocessor = Preprocessor(missing, scale).fit(take(source.features, np.sort(kept)))
+        preprocessor = Preprocessor(missing, scale, text, dates).fit(take(source.features, np.sort(kept)))
         prepared = preprocessor.transform(source.features)
     is_held_out = np.isin(prepared.rows, held_out)
     x, x_held_out = prepared.x[~is_held_out], prepared.x[is_held_out]
@@ -244,12 +247,20 @@ def encode(
     """
     check_output(output)
     saved = SavedModel(folder)
-    prepared = saved.prepare(data, load(data).features)
-    report_rows(prepared)
+    kept, dropped, unseen = [], 0, 0
+
+    def codes() -> Iterator[np.ndarray]:
+        nonlocal dropped, unseen
+        for block in saved.prepare_blocks(data, load(data).features):
+            kept.append(block.rows)
+            dropped, unseen = dropped + block.dropped, unseen + block.unseen
+            yield from saved.codes(block.x)
+
+    rows, width = write_vectors(output, codes())
+    report_rows(Prepared(np.empty((0, 0), np.float32), np.concatenate(kept), dropped, unseen))
     if saved.preprocessor is not None and saved.preprocessor.missing == "drop":
-        write_row_numbers(output, prepared.rows)
+        write_row_numbers(output, np.concatenate(kept))
         typer.echo(f"row numbers written to {rows_file(output)}")
-    rows, width = write_vectors(output, saved.codes(prepared.x))
     typer.echo(f"{rows} vectors of {width} numbers written to {output}")
 
 
