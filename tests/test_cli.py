@@ -187,6 +187,21 @@ def test_the_target_is_no_feature_and_is_remembered(tmp_path, table):
     assert "60 vectors" in succeed("encode", model, table, "-o", tmp_path / "vectors.npy")
 
 
+def test_dates_and_hashed_text(tmp_path):
+    frame = pd.DataFrame({"when": pd.date_range("2024-01-30", periods=40, freq="h"), "note": ["a b", "b c"] * 20})
+    frame["v"] = np.arange(40.0)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    assert 'as dates="parts" does' in fail("train", tmp_path / "t.csv", "--out", tmp_path / "m", *SMALL)
+    options = ["--dates", "parts", "--text", "hash"]
+    assert "71 features" in succeed("train", tmp_path / "t.csv", "--out", tmp_path / "m", *options, *SMALL)
+    succeed("encode", tmp_path / "m", tmp_path / "t.csv", "-o", tmp_path / "v.npy")
+    assert np.load(tmp_path / "v.npy").shape == (40, 8)
+    frame.drop(columns="when").to_csv(tmp_path / "u.csv", index=False)
+    assert "u.csv: the table has no column 'when'" in fail(
+        "encode", tmp_path / "m", tmp_path / "u.csv", "-o", tmp_path / "v.npy"
+    )
+
+
 def test_dropped_rows_are_counted_and_numbered(tmp_path, table):
     model = tmp_path / "model"
     assert "3 of 60 rows" in succeed("train", table, "--out", model, "--missing", "drop", *SMALL)

@@ -220,6 +220,30 @@ def test_labels_that_cannot_be_used_are_noted(model, iris, labels, words):
     assert json.dumps(report.to_dict(), allow_nan=False)
 
 
+def test_a_label_unseen_in_the_fitted_rows_is_noted(model, iris):
+    names = np.array(["setosa", "versicolor", "virginica"])[iris[1]]
+    rows = {"fit_rows": np.arange(100), "score_rows": np.arange(90, 150)}
+    note = "50 of the scored rows have a label that no fitted row has, such as virginica"
+    assert any(note in each for each in fastenc.evaluate(model, iris[0], names, **rows).notes)
+
+
+def test_a_model_that_writes_to_its_input_leaves_a_map_alone(iris, tmp_path):
+    rows = iris[0].to_numpy(np.float32)
+    np.save(tmp_path / "x.npy", rows)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for x in (mapped, rows):
+        fastenc.evaluate(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2)), x)
+    assert np.array_equal(rows, iris[0].to_numpy(np.float32))
+
+
+def test_streams_are_refused_in_one_sentence(model):
+    loader = torch.utils.data.DataLoader(torch.zeros(9, 4))
+    with pytest.raises(DataError, match="x is of type DataLoader; give a tensor, a numpy array"):
+        fastenc.evaluate(model, loader)
+    with pytest.raises(fastenc.ModelFileError, match="there is no folder"):
+        fastenc.evaluate("no such folder", np.zeros((9, 4)))
+
+
 def test_constant_rows_and_broken_codes(model):
     report = fastenc.evaluate(model, np.ones((30, 4), np.float32))
     assert report.codes["dead"] == [0, 1]

@@ -132,7 +132,9 @@ def evaluate(
     else:
         if feature_names is None and hasattr(x, "columns"):
             feature_names = [str(column) for column in x.columns]
-        rows = as_rows(x, features=getattr(getattr(model, "encoder", model), "in_features", None)).numpy()
+        width = getattr(getattr(model, "encoder", model), "in_features", None)
+        rows = as_rows(x, features=width, writable=False).numpy()
+        rows.flags.writeable = False  # maybe x's own memory, or a read-only map: run_in_chunks copies what a model gets
         numbers, given = np.arange(len(rows)), len(rows)
     if len(rows) < MIN_EVALUATION_ROWS:
         raise DataError(f"x has {len(rows)} usable rows and evaluate needs at least {MIN_EVALUATION_ROWS}; add some")
@@ -180,6 +182,14 @@ def evaluate(
     classes, labels, task = None, None, None
     if target is not None:
         labels, why_not = class_numbers(target)
+        unseen = np.setdiff1d(labels[score_rows], [*labels[fit_rows], -1])
+        if why_not is None and len(unseen):
+            first = target[score_rows][labels[score_rows] == unseen[0]][0]
+            rows_unseen = int(np.isin(labels[score_rows], unseen).sum())
+            notes.append(
+                f"{rows_unseen} of the scored rows have a label that no fitted row has, such as {first}; classifiers "
+                "cannot know it and get these rows wrong."
+            )
         labels = labels[score_rows]
         classes = labels if why_not is None and (labels >= 0).all() and len(np.unique(labels)) > 1 else None
         found = _downstream(inputs, target[score_rows], labels, why_not, (metric, splits, confidence, seed))
