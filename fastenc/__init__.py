@@ -3,6 +3,7 @@
 from typing import Any
 
 from .encoder import AutoEncoder, Classifier, Encoder, Regressor
+from .evaluation import EvaluationReport, evaluate
 from .explain import explain
 from .finetuning import FineTuned, GradualUnfreezing, finetune
 from .functional import encoder, fused_dense
@@ -22,6 +23,7 @@ __all__ = [
     "Classifier",
     "EarlyStopping",
     "Encoder",
+    "EvaluationReport",
     "FineTuned",
     "FusedDense",
     "GradualUnfreezing",
@@ -33,6 +35,7 @@ __all__ = [
     "Trainer",
     "add_lora",
     "encoder",
+    "evaluate",
     "explain",
     "finetune",
     "fused_dense",

@@ -6,9 +6,9 @@ or a machine that cannot do it.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +20,9 @@ from .activation import ACTIVATIONS
 from .backends import BACKENDS
 from .data import DataError, Prepared, Preprocessor, load
 from .data.augmentation import FeatureMask, GaussianNoise, Mixup
-from .data.preprocessing import MISSING, SCALES
+from .data.preprocessing import DATES, MISSING, SCALES, TEXTS
 from .encoder import AutoEncoder, Encoder
+from .evaluation import evaluate as measure_quality
 from .explain import explain
 from .finetuning.finetune import STRATEGIES
 from .finetuning.pretraining import METHODS
@@ -40,10 +41,10 @@ from .pipeline import (
 )
 from .pretrained import ModelFileError
 from .record import read_record, split_rows, write_record
-from .report import dead_units, evaluate_codes, render_evaluation
+from .report import dead_units
 from .training import EarlyStopping, History, Trainer
 from .tune import tune as measure
-from .vectors import check_folder_of, check_output, replacing, rows_file, write_row_numbers, write_vectors
+from .vectors import check_folder_of, check_output, rows_file, write_row_numbers, write_vectors
 
 try:
     import typer
@@ -56,7 +57,7 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 FINETUNING_LOSSES = ("cross_entropy", "mse", "mae", "huber", "cosine", "triplet")
 TUNED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EXTRAS = ("sklearn", "pandas", "pyarrow")
+EXTRAS = ("sklearn", "pandas", "pyarrow", "matplotlib")
 
 
 class OneSentenceErrors(TyperGroup):
@@ -144,6 +145,12 @@ def fraction(value: float) -> float:
     return value
 
 
+def inner_fraction(value: float) -> float:
+    if not 0 < value < 1:
+        raise typer.BadParameter(f"{value} is not more than 0 and less than 1")
+    return value
+
+
 DATA_HELP = "A .csv, .parquet or .npy file, or the word digits (scikit-learn's 1,797 handwritten digits)."
 DataArgument = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP, show_default=False)]
 ModelArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A model folder.", show_default=False)]
@@ -174,6 +181,8 @@ def train(
     loss: Annotated[str, choice("Loss", "mse", "mae")] = "mse",
     missing: Annotated[str, choice("What to do about rows with missing values", *MISSING)] = "impute",
     scale: Annotated[str, choice("Scaling of number columns", *SCALES)] = "standard",
+    text: Annotated[str, choice("What text columns become", *TEXTS)] = "one-hot",
+    dates: Annotated[str, choice("What to do about columns of dates", *DATES)] = "refuse",
     validation_split: Annotated[
         float, typer.Option(callback=fraction, help="Share of the rows, chosen at random, that is not trained on.")
     ] = 0.1,
@@ -198,7 +207,7 @@ def train(
     if patience is not None and len(held_out) == 0:
         raise DataError(f"--patience needs validation rows, and {data} leaves none; raise --validation-split")
     with naming(data):
-        preprocessor = Preprocessor(missing, scale).fit(take(source.features, np.sort(kept)))
+        preprocessor = Preprocessor(missing, scale, text, dates).fit(take(source.features, np.sort(kept)))
         prepared = preprocessor.transform(source.features)
     is_held_out = np.isin(prepared.rows, held_out)
     x, x_held_out = prepared.x[~is_held_out], prepared.x[is_held_out]
@@ -348,12 +357,20 @@ def encode(
     """
     check_output(output)
     saved = SavedModel(folder)
-    prepared = saved.prepare(data, load(data).features)
-    report_rows(prepared)
+    kept, dropped, unseen = [], 0, 0
+
+    def codes() -> Iterator[np.ndarray]:
+        nonlocal dropped, unseen
+        for block in saved.prepare_blocks(data, load(data).features):
+            kept.append(block.rows)
+            dropped, unseen = dropped + block.dropped, unseen + block.unseen
+            yield from saved.codes(block.x)
+
+    rows, width = write_vectors(output, codes())
+    report_rows(Prepared(np.empty((0, 0), np.float32), np.concatenate(kept), dropped, unseen))
     if saved.preprocessor is not None and saved.preprocessor.missing == "drop":
-        write_row_numbers(output, prepared.rows)
+        write_row_numbers(output, np.concatenate(kept))
         typer.echo(f"row numbers written to {rows_file(output)}")
-    rows, width = write_vectors(output, saved.codes(prepared.x))
     typer.echo(f"{rows} vectors of {width} numbers written to {output}")
 
 
@@ -367,6 +384,16 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to a JSON file, too.")
     ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with tables and pictures, too.")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A scorer of scikit-learn's, for a linear model of the labels."),
+    ] = None,
+    quantile: Annotated[
+        float, typer.Option(callback=inner_fraction, help="Share of fitted rows below the anomaly score's threshold.")
+    ] = 0.95,
 ) -> None:
     """Measure how much of DATA the codes of the model in DIR keep, beside PCA of the same size.
 
@@ -374,27 +401,32 @@ def evaluate(
     on, and everything is scored on those that were held out. Otherwise they are fitted on 70% of the rows, chosen at
     random, and everything is scored on the other 30%: PCA then knows this very data, and the model may not.
     """
-    if json_file is not None:
-        check_folder_of(json_file)
+    for file in (json_file, html_file):
+        if file is not None:
+            check_folder_of(file)
     saved, record = SavedModel(folder), read_record(folder)
     source = load_labelled(data, target, None if record is None else record["target"])
     prepared = saved.prepare(data, source.features)
     report_rows(prepared)
     fit_rows, score_rows, why = rows_to_score(prepared, record, data)
-    evaluation = evaluate_codes(
+    report = measure_quality(
+        saved.model,
         prepared.x,
-        np.concatenate(list(saved.codes(prepared.x))),
-        saved.reconstruction(prepared.x),
         None if source.target is None else source.target[prepared.rows],
         fit_rows=fit_rows,
         score_rows=score_rows,
+        metric=metric,
+        quantile=quantile,
+        feature_names=None if saved.preprocessor is None else saved.preprocessor.feature_names,
+        row_numbers=prepared.rows,
     )
-    typer.echo(f"{why}\n\n{render_evaluation(evaluation)}")
+    typer.echo(f"{why}\n\n{report}")
     if json_file is not None:
-        with replacing(json_file) as temporary:
-            text = json.dumps({"model": str(folder), "data": data, "rows": why, **evaluation.to_dict()}, indent=2)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        report.save_json(json_file, model=str(folder), data=data, rows=why)
         typer.echo(f"\nwritten to {json_file}")
+    if html_file is not None:
+        report.save_html(html_file, f"{folder} on {data}", [why])
+        typer.echo(f"\nwritten to {html_file}")
 
 
 @app.command()

@@ -81,8 +81,18 @@ class SavedModel:
         with naming(source):
             if self.preprocessor is not None:
                 return self.preprocessor.transform(features)
-            x = as_rows(features, name="the data", features=self.encoder.in_features).numpy()
+            x = as_rows(features, name="the data", features=self.encoder.in_features, writable=False).numpy()
+            # What shares memory with a read-only map must say so: to write to it would end the process.
+            x.flags.writeable = not (isinstance(features, np.ndarray) and not features.flags.writeable)
             return Prepared(x, np.arange(len(x)), dropped=0, unseen=0)
+
+    def prepare_blocks(self, source: str, features: Any) -> Iterator[Prepared]:
+        """The same in blocks of rows one after the other, so that a memory map need not be whole in memory."""
+        if self.preprocessor is None:
+            yield self.prepare(source, features)
+            return
+        with naming(source):
+            yield from self.preprocessor.transform_blocks(features)
 
     def codes(self, x: np.ndarray) -> Iterator[np.ndarray]:
         """float32 `[rows, features]` to codes, float32 `[rows of a chunk, code size]`, chunk by chunk."""

@@ -15,6 +15,7 @@ import numpy as np
 from .data.extras import require
 
 MAX_PROBE_ROWS = 20_000  # of each part, for the classifiers, whose time grows with the square of the rows
+FEW_CLASSES = 20  # more than these need five rows each, on average, to be classes and not numbers
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,27 @@ def fit_pca(x: np.ndarray, size: int) -> Any:
         return PCA(n_components=min(size, *x.shape), random_state=0).fit(x)
 
 
-def nearest_neighbour() -> Any:
+def nearest_neighbour(rows: int) -> Any:
     return require("sklearn.neighbors", "evaluation").KNeighborsClassifier(n_neighbors=1)
 
 
-def linear_probe() -> Any:
+def five_neighbours(rows: int) -> Any:
+    return require("sklearn.neighbors", "evaluation").KNeighborsClassifier(n_neighbors=min(5, rows))
+
+
+def linear_probe(rows: int) -> Any:
     """Logistic regression on standardised inputs, so that its penalty means the same for codes and for pixels."""
     scaler = require("sklearn.preprocessing", "evaluation").StandardScaler()
     regression = require("sklearn.linear_model", "evaluation").LogisticRegression(max_iter=10_000)
     return require("sklearn.pipeline", "evaluation").make_pipeline(scaler, regression)
 
 
-PROBES: dict[str, Callable[[], Any]] = {"nearest neighbour": nearest_neighbour, "linear": linear_probe}
+# Each takes the number of rows that it will be fitted on.
+PROBES: dict[str, Callable[[int], Any]] = {
+    "nearest neighbour": nearest_neighbour,
+    "5 nearest neighbours": five_neighbours,
+    "linear": linear_probe,
+}
 
 
 def class_numbers(target: np.ndarray) -> tuple[np.ndarray, str | None]:
@@ -83,7 +93,7 @@ def class_numbers(target: np.ndarray) -> tuple[np.ndarray, str | None]:
     names, numbers[~missing] = np.unique(labels[~missing], return_inverse=True)
     if len(names) < 2:
         return numbers, f"the target has {len(names)} class; classifiers need at least two"
-    if len(names) * 2 > len(labels):
+    if len(names) * (2 if len(names) <= FEW_CLASSES else 5) > len(labels):
         return numbers, f"the target has {len(names)} different values in {len(labels)} rows, too many for classes"
     return numbers, None
 
@@ -97,7 +107,10 @@ def probe_accuracy(
     fit_inputs: np.ndarray, fit_labels: np.ndarray, inputs: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
     """Accuracy on `inputs`, `labels` of each classifier of `PROBES` fitted on the first two; labels are integers."""
-    return {name: float(probe().fit(fit_inputs, fit_labels).score(inputs, labels)) for name, probe in PROBES.items()}
+    count = len(fit_inputs)
+    return {
+        name: float(probe(count).fit(fit_inputs, fit_labels).score(inputs, labels)) for name, probe in PROBES.items()
+    }
 
 
 def evaluate_codes(

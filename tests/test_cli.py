@@ -140,6 +140,22 @@ def test_evaluate_scores_the_held_out_rows(digits_model, tmp_path):
         assert 0.5 < accuracy["code, 8 numbers"] <= 1  # a guess is right once in ten
 
 
+def test_evaluate_writes_a_page_and_measures_what_is_asked_for(digits_model, tmp_path):
+    folder, _ = digits_model
+    files = ["--html", tmp_path / "page.html", "--json", tmp_path / "figures.json"]
+    output = succeed("evaluate", folder, "digits", *files, "--metric", "f1_macro", "--quantile", "0.5")
+    assert "Linear model, f1_macro" in output
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 6
+    assert "Scored on the 180 rows that were held out" in page
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert 0.3 < figures["anomaly"]["share"] < 0.7
+    assert len(figures["features"]) == 64
+    assert "metric is 'best'" in fail("evaluate", folder, "digits", "--metric", "best")
+    assert "does not exist" in fail("evaluate", folder, "digits", "--html", tmp_path / "no" / "page.html")
+    assert run("evaluate", folder, "digits", "--quantile", "1").exit_code == 2
+
+
 def test_evaluate_on_other_data_splits_it(digits_model, tmp_path):
     folder, _ = digits_model
     np.save(tmp_path / "other.npy", pipeline.load("digits").features[:500])
@@ -169,6 +185,21 @@ def test_the_target_is_no_feature_and_is_remembered(tmp_path, table):
     assert "label" not in " ".join(Preprocessor.from_dict(load_preprocessing(model)).feature_names)
     assert "Accuracy from" in succeed("evaluate", model, table)
     assert "60 vectors" in succeed("encode", model, table, "-o", tmp_path / "vectors.npy")
+
+
+def test_dates_and_hashed_text(tmp_path):
+    frame = pd.DataFrame({"when": pd.date_range("2024-01-30", periods=40, freq="h"), "note": ["a b", "b c"] * 20})
+    frame["v"] = np.arange(40.0)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    assert 'as dates="parts" does' in fail("train", tmp_path / "t.csv", "--out", tmp_path / "m", *SMALL)
+    options = ["--dates", "parts", "--text", "hash"]
+    assert "71 features" in succeed("train", tmp_path / "t.csv", "--out", tmp_path / "m", *options, *SMALL)
+    succeed("encode", tmp_path / "m", tmp_path / "t.csv", "-o", tmp_path / "v.npy")
+    assert np.load(tmp_path / "v.npy").shape == (40, 8)
+    frame.drop(columns="when").to_csv(tmp_path / "u.csv", index=False)
+    assert "u.csv: the table has no column 'when'" in fail(
+        "encode", tmp_path / "m", tmp_path / "u.csv", "-o", tmp_path / "v.npy"
+    )
 
 
 def test_dropped_rows_are_counted_and_numbered(tmp_path, table):

@@ -18,7 +18,19 @@ PACKAGE = ROOT / "fastenc"
 # From the top: a module may import from its own layer and from those below. A module of `fastenc/` that is not here is
 # an error, so that it gets its place.
 LAYERS = (
-    {"__main__", "cli", "info", "labelled", "pipeline", "plots", "record", "report", "sklearn", "vectors"},
+    {
+        "__main__",
+        "cli",
+        "evaluation",
+        "info",
+        "labelled",
+        "pipeline",
+        "plots",
+        "record",
+        "report",
+        "sklearn",
+        "vectors",
+    },
     {"finetuning", "multitask"},
     {"training"},
     {"encoder", "explain", "files", "lora", "pretrained", "tune"},

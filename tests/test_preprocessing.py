@@ -289,7 +289,7 @@ BREAK = {
     "categories of numbers": (lambda d: d.update(categories=[[1]]), "not different texts"),
     "no category": (lambda d: d.update(categories=[[]]), "not different texts"),
     "older": (lambda d: d.update(version=0), "no format 0"),
-    "newer": (lambda d: d.update(version=2), "format 2, newer than this fastenc; upgrade"),
+    "newer": (lambda d: d.update(version=3), "format 3, newer than this fastenc; upgrade"),
     "another format": (lambda d: d.update(format="pickle"), "not a saved Preprocessor"),
 }
 

@@ -125,6 +125,7 @@ def test_class_numbers(target, numbers):
         (np.array([0.5, 1.5, 0.5, 1.5]), "fractions"),
         (np.array([3, 3, 3]), "at least two"),
         (np.arange(100), "100 different values"),
+        (np.arange(100.0) // 4, "25 different values"),
     ],
 )
 def test_targets_that_are_no_classes_are_named(target, words, digits):

@@ -81,9 +81,7 @@ def _verdict(
 def none_wins(problem: rule.Problem, device: torch.device) -> bool:
     """Whether no usable backend says yes to such layers. False too where none is usable: that is worth a word."""
     usable = [name for name in KERNELS if _is_usable(name)]
-    return bool(usable) and not any(
-        _verdict(name, _backend(name).is_narrow, problem, device).chosen for name in usable
-    )
+    return bool(usable) and not any(_verdict(name, _backend(name).is_narrow, problem, device).chosen for name in usable)
 
 
 def _modelled(backend: str, problem: rule.Problem, device: torch.device) -> float:

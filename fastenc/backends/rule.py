@@ -34,7 +34,9 @@ GAIN = 0.9  # our time must be less than this share of eager's: nearer than that
 class Speeds(NamedTuple):
     """What a backend's kernels reach, on tensor cores or without them."""
 
-    step: float  # microseconds for STEP_K columns of a sum that one program makes alone; cuBLAS cuts such sums in pieces
+    step: (
+        float  # microseconds for STEP_K columns of a sum that one program makes alone; cuBLAS cuts such sums in pieces
+    )
     chain: float  # microseconds at least for the backward pass of a stack
     fused: float  # microseconds at least for that of a dense layer, made without writing dZ
     shares: Mapping[int, float]  # of the datasheet's rate that products reach, from a compute capability on
@@ -145,7 +147,10 @@ def fuses(problem: Problem, arch: int, kernels: Kernels) -> tuple[bool, bool]:
     PyTorch's around cuBLAS's products. (Backward these are a kernel more: our sum for the bias has a second one.)
     """
     sheet, share, speeds = datasheet(arch), _share(problem, arch, kernels), _speeds(problem, kernels)
-    forward, backward = _forward(problem, sheet, share, speeds.step), _backward(problem, sheet, share, speeds, kernels.widest)
+    forward, backward = (
+        _forward(problem, sheet, share, speeds.step),
+        _backward(problem, sheet, share, speeds, kernels.widest),
+    )
     return forward[0] <= forward[1], backward[0] <= backward[1] + KERNEL
 
 
@@ -214,14 +219,14 @@ def _forward(problem: Problem, sheet: Datasheet, share: float, step: float) -> t
     return one, _product(problem, sheet, N, K) + active * (_traffic(problem, sheet, 2 * problem.M * N) + KERNEL)
 
 
-def _backward(
-    problem: Problem, sheet: Datasheet, share: float, speeds: Speeds, widest: float
-) -> tuple[float, float]:
+def _backward(problem: Problem, sheet: Datasheet, share: float, speeds: Speeds, widest: float) -> tuple[float, float]:
     """Its backward pass with the derivative applied as both products load; and with dZ written once, for cuBLAS."""
     ((K, N, active),) = _layers(problem)
     size = problem.M * N
     fused = _product(problem, sheet, N, K, share)
-    loading = max(speeds.fused, fused + max(fused, speeds.step * N / STEP_K)) + _traffic(problem, sheet, 2 * active * size)
+    loading = max(speeds.fused, fused + max(fused, speeds.step * N / STEP_K)) + _traffic(
+        problem, sheet, 2 * active * size
+    )
     if widest < N:
         loading = float("inf")
     writing = 2 * _product(problem, sheet, N, K) + _traffic(problem, sheet, (1 + 2 * active) * size)

@@ -67,8 +67,8 @@ class Columns:
         name = self.names[column]
         if kind in _TIMES:
             raise DataError(
-                f"column {name!r} holds dates or times; turn them into numbers, for example days since a date, or "
-                "remove the column"
+                f'column {name!r} holds dates or times; turn them into numbers, as dates="parts" does with '
+                "dates, or remove the column"
             )
         holds = "values of mixed kinds" if kind.startswith("mixed") else f"{kind} values"
         raise DataError(f"column {name!r} holds {holds}; make all of them numbers or text, or remove the column")

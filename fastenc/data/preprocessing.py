@@ -9,9 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import DataError, row_list
+from .arrays import DataError, is_arrow, is_frame, row_list
 from .columns import Columns
+from .dates import date_columns, with_parts
+from .extras import require
+from .learning import Learner
 from .steps import (
+    HashedText,
+    check_categories,
     finite_array,
     fit_encoder,
     fit_imputer,
@@ -19,14 +24,17 @@ from .steps import (
     restore_encoder,
     restore_imputer,
     restore_scaler,
+    scaler_of,
     scaler_state,
 )
 
 MISSING = ("impute", "drop", "error")
 SCALES = ("standard", "minmax", "none")
+TEXTS = ("one-hot", "hash")
+DATES = ("refuse", "parts")
 
 _FORMAT = "fastenc.preprocessor"
-_VERSION = 1
+_VERSION = 2  # 1 where nothing needs hashing or dates, so that an older fastenc reads what it can
 _CHUNK = 1 << 22  # values in float64 at a time: 32 MB, so that a large memory map stays on disk
 
 
@@ -56,10 +64,13 @@ class Preprocessor:
         scale: of number columns, after filling in: "standard" (mean 0, standard deviation 1 over the training rows),
             "minmax" (0 to 1 over the training rows) or "none". A column that is constant in training is only shifted,
             so that its value there becomes 0.
+        text: of text, categorical and boolean columns: "one-hot" makes a column of each category, "hash" makes
+            `hash_size` columns of counts of words (see `steps.HashedText`), for many different texts or sentences.
+        dates: "refuse" refuses columns of dates; "parts" makes number columns of them (see `dates.with_parts`).
+        hash_size: how many columns a text becomes with "hash".
 
-    NaN, Inf and nulls are missing values. Text, categorical and boolean columns are one-hot over the categories seen in
-    training; a value that is in none of them, also a missing one if training had none, is all zeros. Arrays hold
-    numbers only.
+    NaN, Inf and nulls are missing values. One-hot columns stand for the categories seen in training; a value that is in
+    none of them, also a missing one if training had none, is all zeros. Arrays hold numbers only.
 
     The columns of a table are found by name: order does not matter, and columns that training did not have are ignored,
     so that a file with labels can be encoded as it is. The columns of an array are matched by count, as are those of a
@@ -68,29 +79,53 @@ class Preprocessor:
     Statistics are computed in float64; the result is float32. Needs scikit-learn, of `fastenc[app]`.
     """
 
-    def __init__(self, missing: str = "impute", scale: str = "standard") -> None:
-        if missing not in MISSING:
-            raise ValueError(f"missing is {missing!r}; it must be one of {', '.join(MISSING)}")
-        if scale not in SCALES:
-            raise ValueError(f"scale is {scale!r}; it must be one of {', '.join(SCALES)}")
+    def __init__(
+        self,
+        missing: str = "impute",
+        scale: str = "standard",
+        text: str = "one-hot",
+        dates: str = "refuse",
+        hash_size: int = 64,
+    ) -> None:
+        options = (
+            ("missing", missing, MISSING),
+            ("scale", scale, SCALES),
+            ("text", text, TEXTS),
+            ("dates", dates, DATES),
+        )
+        for name, value, known in options:
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+        if not isinstance(hash_size, int) or hash_size < 1:
+            raise ValueError(f"hash_size is {hash_size!r}; it must be a whole number of at least 1")
         self.missing = missing
         self.scale = scale
+        self.text = text
+        self.dates = dates
+        self.hash_size = hash_size
         self._columns: dict[str, str] = {}  # name -> kind, in training order
         self._named = False
         self._imputer: Any = None
         self._scaler: Any = None
         self._encoder: Any = None
+        self._date_names: list[str] = []
+        self._learner: Learner | None = None  # of partial_fit
+        self._stale = False  # whether it knows more than the attributes above
 
     @property
     def number_names(self) -> list[str]:
         """The number columns: the first features, and the columns of `inverse_transform`."""
+        self._refresh()
         return self._names_of("number")
 
     @property
     def feature_names(self) -> list[str]:
         """The columns of `Prepared.x`: the number columns, then `column=category` for each text column."""
+        self._refresh()
         names = self._names_of("number")
-        if self._encoder is not None:
+        if isinstance(self._encoder, HashedText):
+            names += [f"{name}#{index}" for name in self._names_of("text") for index in range(self.hash_size)]
+        elif self._encoder is not None:
             for name, categories in zip(self._names_of("text"), self._encoder.categories_, strict=True):
                 names += [f"{name}={'(missing)' if category is None else category}" for category in categories]
         return names
@@ -103,12 +138,69 @@ class Preprocessor:
                 `steps.MAX_CATEGORIES` categories; missing values if `missing` is "error", or in every row if it is
                 "drop"; or numbers too large to have a variance or a range in float64.
         """
-        table = Columns(features)
-        fresh = Preprocessor(self.missing, self.scale)  # a fit that fails leaves self as it was
+        # A fit that fails leaves self as it was.
+        fresh = Preprocessor(self.missing, self.scale, self.text, self.dates, self.hash_size)
+        features = _as_frame(features)
+        fresh._date_names = date_columns(features) if self.dates == "parts" and is_frame(features) else []
+        table = Columns(with_parts(features, fresh._date_names))
         fresh._columns = {name: table.kind(column) for column, name in enumerate(table.names)}
         fresh._named = table.named
         fresh._learn(table)
         self.__dict__.update(fresh.__dict__)
+        return self
+
+    def partial_fit(self, features: Any) -> Preprocessor:
+        """Learn from some more training rows: each chunk is seen once, and memory does not grow with their number.
+
+        What is learned is what `fit` learns from all of them at once, within rounding, but for medians of very many
+        values: see `learning.Learner`. A column may be empty in some chunks, and not in all of them.
+
+        Raises:
+            DataError: as `fit`; also a chunk with other columns than the first, or with text where numbers were. What
+                only all chunks together can show, a column without any value, is raised when it is used.
+            RuntimeError: this was fitted by `fit`, or loaded, and has nothing to go on from.
+        """
+        if self._learner is None and self._columns:
+            raise RuntimeError("partial_fit goes on from partial_fit only; make a new Preprocessor for it")
+        features = _as_frame(features)
+        first = self._learner is None
+        if first and self.dates == "parts" and is_frame(features):
+            self._date_names = date_columns(features)
+        table = Columns(with_parts(features, self._date_names))
+        learner = self._learner or Learner(table.names, table.named)
+        if table.named != learner.named or sorted(table.names) != sorted(learner.names):
+            raise DataError(
+                f"these rows have the columns {', '.join(table.names[:10])} and those before had "
+                f"{', '.join(learner.names[:10])}; give the same columns in every chunk"
+            )
+        order = [table.names.index(name) for name in learner.names]
+        kinds = learner.kinds_with([table.kind(column) for column in order])
+        numbers = [index for index, kind in enumerate(kinds) if kind != "text"]
+        texts = [index for index, kind in enumerate(kinds) if kind == "text"]
+        step = max(1, _CHUNK // len(order))
+        for last in (False, True) if self.missing == "error" else (True,):  # refuse before anything is learned
+            for start in range(0, table.rows, step):
+                rows = slice(start, min(start + step, table.rows))
+                block = _Block(
+                    np.arange(rows.start, rows.stop),
+                    table.numbers(rows, [order[index] for index in numbers]),
+                    table.texts(rows, [order[index] for index in texts])
+                    if texts
+                    else np.empty((rows.stop - rows.start, 0), dtype=object),
+                )
+                if not last:
+                    self._refuse_missing(learner.rows + block.rows[block.missing], learner.rows + table.rows)
+                    continue
+                block = self._without_missing(block)
+                learner.kept += len(block.rows)
+                for index, values in zip(numbers, block.numbers.T, strict=True):
+                    learner.add_numbers(index, values)
+                for index, values in zip(texts, block.texts.T, strict=True):
+                    if self.text == "one-hot":
+                        learner.add_texts(index, values)
+                        check_categories(learner.names[index], len(learner.categories[index]))
+        learner.kinds, learner.rows = kinds, learner.rows + table.rows
+        self._learner, self._stale = learner, True
         return self
 
     def transform(self, features: Any) -> Prepared:
@@ -120,28 +212,47 @@ class Preprocessor:
                 hold after scaling.
             RuntimeError: nothing is fitted yet.
         """
-        table = Columns(features)
-        order = self._match(table)
+        table, blocks = self._prepare(features)
         x = np.empty((table.rows, len(self.feature_names)), np.float32)
         rows = np.empty(table.rows, np.int64)
         kept = unseen = 0
+        for part in blocks:
+            new = slice(kept, kept + len(part.rows))
+            x[new], rows[new] = part.x, part.rows
+            kept, unseen = new.stop, unseen + part.unseen
+        return Prepared(x[:kept], rows[:kept], table.rows - kept, unseen)
+
+    def transform_blocks(self, features: Any) -> Iterator[Prepared]:
+        """What `transform` gives in blocks of rows, one after the other: for rows that memory does not hold at once.
+
+        A block may have no rows, if all of its own were dropped. Raises what `transform` does, at the first block or,
+        where only a later one shows the fault, when that is reached.
+        """
+        return self._prepare(features)[1]
+
+    def _prepare(self, features: Any) -> tuple[Columns, Iterator[Prepared]]:
+        self._require_fit()
+        table = Columns(with_parts(_as_frame(features), self._date_names))
+        return table, self._prepared_blocks(table, self._match(table))
+
+    def _prepared_blocks(self, table: Columns, order: list[int]) -> Iterator[Prepared]:
         bad = []
         for block in self._blocks(table, order):
             bad.append(block.rows[block.missing])
-            block = self._without_missing(block)
-            new = slice(kept, kept + len(block.rows))
-            if new.start == new.stop:
-                continue
-            rows[new] = block.rows
+            if self.missing == "error":
+                self._refuse_missing(bad[-1], table.rows)
+            whole, block = len(block.rows), self._without_missing(block)
             numbers = block.numbers.shape[1]
-            x[new, :numbers] = self._scaled(block)
-            if self._encoder is not None:
-                hot = self._encoder.transform(block.texts)
-                unseen += block.texts.size - int(np.count_nonzero(hot))
-                x[new, numbers:] = hot
-            kept = new.stop
+            x, unseen = np.empty((len(block.rows), len(self.feature_names)), np.float32), 0
+            if len(x):
+                x[:, :numbers] = self._scaled(block)
+                if self._encoder is not None:
+                    made = self._encoder.transform(block.texts)
+                    if self.text == "one-hot":
+                        unseen = block.texts.size - int(np.count_nonzero(made))
+                    x[:, numbers:] = made
+            yield Prepared(x, block.rows, whole - len(x), unseen)
         self._refuse_missing(np.concatenate(bad), table.rows)
-        return Prepared(x[:kept], rows[:kept], table.rows - kept, unseen)
 
     def inverse_transform(self, x: Any) -> np.ndarray:
         """The number columns of `x` in their own units: `[rows, features] -> float64 [rows, numbers]`.
@@ -163,17 +274,22 @@ class Preprocessor:
     def to_dict(self) -> dict[str, Any]:
         """What was learned, as JSON holds it without loss; RuntimeError if nothing is fitted yet."""
         self._require_fit()
+        more: dict[str, Any] = {}
+        if self.text != "one-hot" or self.dates != "refuse":
+            more = {"text": self.text, "hash_size": self.hash_size, "dates": self.dates}
+            more["date_columns"] = self._date_names
         return {
             "format": _FORMAT,
-            "version": _VERSION,
+            "version": _VERSION if more else 1,
             "missing": self.missing,
             "scale": self.scale,
+            **more,
             "named": self._named,
             "columns": list(self._columns),
             "kinds": list(self._columns.values()),
             "medians": None if self._imputer is None else self._imputer.statistics_.tolist(),
             "scaler": None if self._scaler is None else scaler_state(self.scale, self._scaler),
-            "categories": [] if self._encoder is None else [list(column) for column in self._encoder.categories_],
+            "categories": [list(column) for column in getattr(self._encoder, "categories_", [])],
         }
 
     @classmethod
@@ -196,9 +312,15 @@ class Preprocessor:
 
     @classmethod
     def _restore(cls, state: dict[str, Any]) -> Preprocessor:
-        if state["version"] != _VERSION:
+        if state["version"] not in (1, _VERSION):
             raise ValueError(f"there is no format {state['version']!r}")
-        new = cls(state["missing"], state["scale"])
+        if state["version"] == 1:
+            new = cls(state["missing"], state["scale"])
+        else:
+            new = cls(state["missing"], state["scale"], state["text"], state["dates"], state["hash_size"])
+            new._date_names = list(state["date_columns"])
+            if not all(isinstance(name, str) for name in new._date_names):
+                raise ValueError("a date column's name is no text")
         columns, kinds = state["columns"], state["kinds"]
         new._columns = dict(zip(columns, kinds, strict=True))
         new._named = bool(state["named"])
@@ -211,6 +333,9 @@ class Preprocessor:
             new._imputer = restore_imputer(finite_array(state["medians"], numbers, "medians"))
         if numbers and new.scale != "none":
             new._scaler = restore_scaler(new.scale, state["scaler"], numbers)
+        if new.text == "hash":
+            new._encoder = HashedText(new.hash_size) if len(kinds) > numbers else None
+            return new
         if len(state["categories"]) != len(kinds) - numbers:
             raise ValueError("there are not as many lists of categories as text columns")
         if state["categories"]:
@@ -235,15 +360,53 @@ class Preprocessor:
             blocks = (self._without_missing(block) for block in self._blocks(table, order))
             filled = (self._imputed(block) for block in blocks if len(block.rows))
             self._scaler = fit_scaler(self.scale, filled, self.number_names)
-        if texts := self._indices("text", order):
+        if self.text == "hash" and self._names_of("text"):
+            self._encoder = HashedText(self.hash_size)
+        elif texts := self._indices("text", order):
             values = table.texts(slice(None), texts)
             if self.missing == "drop":
                 values = np.delete(values, np.concatenate(bad), axis=0)
             self._encoder = fit_encoder(values, self._names_of("text"))
 
+    def _refresh(self) -> None:
+        """Take over what `partial_fit` has learned."""
+        learner = self._learner
+        if learner is None or not self._stale:
+            return
+        if learner.kept == 0:
+            self._refuse_missing(np.arange(learner.rows), learner.rows)
+        columns = {kind: [i for i, each in enumerate(learner.kinds) if each == kind] for kind in ("number", "text")}
+        empty = [i for i, kind in enumerate(learner.kinds) if kind == "empty"]
+        empty += [i for i in columns["number"] if learner.count[i] == 0]
+        if empty:
+            name = learner.names[empty[0]]
+            raise DataError(f"column {name!r} has no value in any of the {learner.rows} training rows; remove it")
+        self._columns, self._named = dict(zip(learner.names, learner.kinds, strict=True)), learner.named
+        self._imputer = self._scaler = self._encoder = None
+        self._stale = False
+        if numbers := columns["number"]:
+            names = [learner.names[index] for index in numbers]
+            statistics = [(learner.mean[index], learner.variance[index]) for index in numbers]
+            if self.missing == "impute":
+                medians = np.array([learner.median(index) for index in numbers])
+                self._imputer = restore_imputer(medians)
+                pairs = zip(numbers, medians, strict=True)
+                statistics = [learner.filled(index, median) for index, median in pairs]
+            mean, variance = np.array(statistics).T
+            self._scaler = scaler_of(self.scale, mean, variance, learner.low[numbers], learner.high[numbers], names)
+        if texts := columns["text"]:
+            self._encoder = HashedText(self.hash_size)
+            if self.text == "one-hot":
+                # As scikit-learn orders them: missing last.
+                self._encoder = restore_encoder(
+                    [
+                        [*sorted(learner.categories[index]), *([None] if learner.missing[index] else [])]
+                        for index in texts
+                    ]
+                )
+
     def _match(self, table: Columns) -> list[int]:
         """For each training column, the index of the table's column that it is found in."""
-        self._require_fit()
         if table.named and self._named:
             absent = [repr(name) for name in self._columns if name not in table.names]
             if absent:
@@ -321,8 +484,17 @@ class Preprocessor:
         return [column for column, each in zip(order, self._columns.values(), strict=True) if each == kind]
 
     def _require_fit(self) -> None:
+        self._refresh()
         if not self._columns:
             raise RuntimeError("this Preprocessor has learned nothing yet; call fit with the training rows first")
+
+
+def _as_frame(features: Any) -> Any:
+    """A pyarrow table as a DataFrame; anything else as it is."""
+    if not is_arrow(features):
+        return features
+    require("pandas", "preprocessing tables")
+    return features.to_pandas()
 
 
 @dataclass(frozen=True, eq=False)

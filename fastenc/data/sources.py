@@ -74,7 +74,7 @@ def load(source: Any, *, target: str | None = None) -> Data:
     if isinstance(features, np.ndarray):
         _refuse_target(target, f"{shown} is an array without column names")
         return Data(name, features)
-    return _split(features, target, name, shown)
+    return split_target(features, target, name, shown)
 
 
 def _refuse_target(target: str | None, reason: str) -> None:
@@ -140,15 +140,15 @@ def _read_csv(path: Path) -> pd.DataFrame:
         )
         names = table.column_names  # decoded only now
     except (pyarrow.ArrowException, ValueError, OSError) as error:
-        raise DataError(f"{path} {_csv_fault(path, error)}") from error
-    _check_header(names, path)
+        raise DataError(f"{path} {csv_fault(path, error)}") from error
+    check_header(names, path)
     for field in table.schema:
         if pyarrow.types.is_binary(field.type):  # what pyarrow makes of text that it cannot decode
             raise DataError(f"column {field.name!r} of {path} is not UTF-8 text; save the file as UTF-8")
     return _arrow_to_frame(table, str(path))
 
 
-def _csv_fault(path: Path, error: Exception) -> str:
+def csv_fault(path: Path, error: Exception) -> str:
     """Why a CSV could not be read, with the line; only now is it worth a second, slower pass."""
     if isinstance(error, UnicodeDecodeError):
         return "is not UTF-8 text; save the file as UTF-8"
@@ -173,7 +173,7 @@ def _csv_fault(path: Path, error: Exception) -> str:
     return f"is not a CSV that can be read ({_first_sentence(error)}); save it again as comma-separated UTF-8"
 
 
-def _check_header(names: Sequence[str], path: Path) -> None:
+def check_header(names: Sequence[str], path: Path) -> None:
     """Refuse what cannot be column names; a first row taken for a header would be a row lost without a word."""
     if "" in names:
         raise DataError(f"column {names.index('')} of {path} has no name; name it, or leave it out when saving")
@@ -216,7 +216,8 @@ def _check_unique(names: Sequence[str], name: str) -> None:
         seen.add(column)
 
 
-def _split(frame: pd.DataFrame, target: str | None, name: str, shown: str) -> Data:
+def split_target(frame: pd.DataFrame, target: str | None, name: str, shown: str) -> Data:
+    """The columns of a table as features and target; `shown` is what to call it in errors."""
     columns = [str(column) for column in frame.columns]
     _check_unique(columns, shown)
     check_shape(frame.shape, shown)

@@ -5,6 +5,7 @@ A step is rebuilt by fitting it on rows made up so that it learns the same: only
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -52,6 +53,16 @@ def fit_scaler(scale: str, blocks: Iterable[np.ndarray], names: Sequence[str]) -
             scaler.partial_fit(block)
             low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
     spread = scaler.var_ if scale == "standard" else scaler.data_range_
+    check_spread(spread, low, high, names)
+    if scale == "standard":
+        # A mean added up in blocks can be off in the last bit, and a constant column would not become exactly 0.
+        constant = low == high
+        scaler.mean_[constant], scaler.var_[constant], scaler.scale_[constant] = low[constant], 0.0, 1.0
+    return scaler
+
+
+def check_spread(spread: np.ndarray, low: np.ndarray, high: np.ndarray, names: Sequence[str]) -> None:
+    """Raise DataError if the variance or range of a column, `[columns]`, is too large for float64."""
     wide = np.flatnonzero(~np.isfinite(spread))
     if len(wide):
         name, largest = names[wide[0]], max(abs(low[wide[0]]), abs(high[wide[0]]))
@@ -59,11 +70,23 @@ def fit_scaler(scale: str, blocks: Iterable[np.ndarray], names: Sequence[str]) -
             f"column {name!r} has values up to {largest:g}, too large to scale in float64; divide it by a constant "
             "first"
         )
-    if scale == "standard":
-        # A mean added up in blocks can be off in the last bit, and a constant column would not become exactly 0.
-        constant = low == high
-        scaler.mean_[constant], scaler.var_[constant], scaler.scale_[constant] = low[constant], 0.0, 1.0
-    return scaler
+
+
+def scaler_of(
+    scale: str, mean: np.ndarray, variance: np.ndarray, low: np.ndarray, high: np.ndarray, names: Sequence[str]
+) -> Any:
+    """The scaler that `fit_scaler` would fit to rows with these statistics, float64 `[columns]` each."""
+    if scale == "none":
+        return None
+    with np.errstate(over="ignore"):
+        check_spread(variance if scale == "standard" else high - low, low, high, names)
+    if scale == "minmax":
+        return _new_scaler(scale).fit(np.stack([low, high]))
+    constant = low == high
+    mean, variance = np.where(constant, low, mean), np.where(constant, 0.0, variance)
+    deviation = np.where(variance > 0, np.sqrt(variance), 1.0)
+    state = {"mean_": mean.tolist(), "var_": variance.tolist(), "scale_": deviation.tolist()}
+    return restore_scaler(scale, state, len(names))
 
 
 def scaler_state(scale: str, scaler: Any) -> dict[str, list[float]]:
@@ -97,12 +120,17 @@ def fit_encoder(texts: np.ndarray, names: Sequence[str]) -> Any:
     """
     encoder = _new_encoder("auto").fit(texts)
     for name, categories in zip(names, encoder.categories_, strict=True):
-        if len(categories) > MAX_CATEGORIES:
-            raise DataError(
-                f"column {name!r} has {len(categories)} different texts, and at most {MAX_CATEGORIES} can become "
-                "columns; remove it if it only names the row, or group its values"
-            )
+        check_categories(name, len(categories))
     return encoder
+
+
+def check_categories(name: str, count: int) -> None:
+    """Raise DataError if a column has too many categories for as many columns."""
+    if count > MAX_CATEGORIES:
+        raise DataError(
+            f"column {name!r} has {count} different texts, and at most {MAX_CATEGORIES} can become columns; remove it "
+            'if it only names the row, group its values, or use text="hash"'
+        )
 
 
 def restore_encoder(categories: Sequence[Sequence[str | None]]) -> Any:
@@ -114,6 +142,29 @@ def restore_encoder(categories: Sequence[Sequence[str | None]]) -> Any:
     return _new_encoder([np.array(column, dtype=object) for column in categories]).fit(
         np.array([[column[0] for column in categories]], dtype=object)
     )
+
+
+class HashedText:
+    """Text as counts of its words: each column `[rows]` becomes `size` columns, by scikit-learn's FeatureHasher.
+
+    A word is hashed to one of the columns and a sign, so that nothing need be learned, and words not seen before count
+    as well as others; two words may share a column. A missing text is a word of its own.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._hasher = require("sklearn.feature_extraction", _PURPOSE).FeatureHasher(size, input_type="string")
+
+    def transform(self, texts: np.ndarray) -> np.ndarray:
+        """object `[rows, columns]` of str or None to float32 `[rows, columns * size]`."""
+        columns = [self._hasher.transform([_words(text) for text in column]).toarray() for column in texts.T]
+        return np.concatenate(columns, axis=1).astype(np.float32)
+
+
+def _words(text: str | None) -> list[str]:
+    if text is None:
+        return ["(missing)"]
+    return re.findall(r"\w+", text.lower()) or [text]
 
 
 def finite_array(values: Any, size: int, name: str) -> np.ndarray:

@@ -122,7 +122,9 @@ class WholeSteps:
             look = after_step is not None or before_step is not None
             if after_step is not None and after_step(index, self._losses[index]):
                 break
-        return self._losses[: index + 1].clone(), torch.tensor([len(chosen) for chosen in batches[: index + 1]], device="cpu")
+        return self._losses[: index + 1].clone(), torch.tensor(
+            [len(chosen) for chosen in batches[: index + 1]], device="cpu"
+        )
 
     def _look(self, model: nn.Module, loss: LossFunction, update: Update) -> None:
         """See what the user has changed beside learning rates: it ends the recording."""

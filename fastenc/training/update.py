@@ -90,7 +90,9 @@ class Update:
     def rates(self, count: int) -> Tensor:
         """The learning rates of the next `count` steps: float64 [count, groups]. For steps taken as a whole."""
         if not self.changing:
-            rates = torch.tensor([[float(group["lr"]) for group in self.optimizer.param_groups]], dtype=torch.float64, device="cpu")
+            rates = torch.tensor(
+                [[float(group["lr"]) for group in self.optimizer.param_groups]], dtype=torch.float64, device="cpu"
+            )
             return rates.expand(count, -1).contiguous()
         values = [self._rates_at(self.steps.taken + step) for step in range(count)]
         return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -25,7 +25,6 @@ from .tuning import config_for
 from .weight_gradient import LONGEST_STRIDE, Layer, sums_by_cublas, weight_gradient
 
 
-
 def encoder_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -68,9 +67,7 @@ def encoder_backward(
     by_cublas = wants_weight[0] and sums_by_cublas(M, x.dtype)
     # A bias goes where its layer's weight gradient goes; alone, or where that is cuBLAS's, it is summed on chip.
     alone = [not wants or (i == 0 and by_cublas) for i, wants in enumerate(wants_weight)]
-    sums_bias = [
-        wants_bias[i] and (sums_weight[i] or alone[i]) and not (wide and i == depth - 1) for i in range(depth)
-    ]
+    sums_bias = [wants_bias[i] and (sums_weight[i] or alone[i]) and not (wide and i == depth - 1) for i in range(depth)]
     dzs: list[Tensor | None] = [None] * depth
     layers: list[Layer] = []
     for i in wanted:
