@@ -96,7 +96,7 @@ def least_bytes(M: int, widths: Sequence[int], itemsize: int) -> int:
 
 
 def counted_launches(M: int, widths: Sequence[int], activations: Sequence[str], dtype: torch.dtype) -> list[Launch]:
-    """What the Triton backend launches for the same step, counted while it is interpreted; cuBLAS's share as eager's."""
+    """What the Triton backend launches for the same step, counted while interpreted; cuBLAS's share as eager's."""
     if not TESTS.is_dir():
         raise SystemExit("Counting needs the tests of a checkout; run it there: python -m benchmarks.roofline")
     if str(TESTS) not in sys.path:

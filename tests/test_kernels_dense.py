@@ -163,6 +163,9 @@ def test_only_what_the_mask_asks_for(activation, wide):
     """What is not needed is not read: a stand-in of NaN with strides of 0 will do."""
     problem = small_integers(draw(35, (37, 20), activation, torch.float32))
     everything = by_kernels(problem, wide=wide)
+    # Compiled for another mask, other multiplications may be fused with additions: on a GPU not all bits are the same.
+    inexact = DEVICE == "cuda" and activation == "gelu"
+    ordinary, exact, worst = run(eager, problem), run(eager, problem.map(Tensor.double)), Worst()
     x, weight, grad_out = problem.x, problem.weights[0], problem.grad_out
     nan = torch.full((), torch.nan)
     for mask in itertools.product((False, True), repeat=3):
@@ -174,7 +177,12 @@ def test_only_what_the_mask_asks_for(activation, wide):
             grads = dense_backward(*(guarded(t) for t in tensors), activation, mask, wide=wide)
         for wanted, grad, name in zip(mask, grads, ("grad_x", "grad_weight0", "grad_bias0"), strict=True):
             expected = everything[name] if wanted else torch.empty(0)
+            if wanted and inexact:
+                worst.add({name: grad.cpu()}, {name: ordinary[name]}, {name: exact[name]})
+                continue
             torch.testing.assert_close(grad.cpu(), expected, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    if inexact:
+        worst.check()
 
 
 @pytest.mark.parametrize(("M", "N", "K"), [(0, 3, 4), (4, 0, 3), (4, 3, 0), (0, 0, 0), (600, 3, 0)])

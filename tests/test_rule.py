@@ -1,4 +1,4 @@
-"""The modelled choice between our kernels and eager PyTorch, on shapes measured on a GPU and such that are argued for."""
+"""What `auto` chooses on GPUs by its model: on shapes that were measured, and on some of which the answer is argued."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
 
 def verdict(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str], training: bool) -> tuple[bool, str]:
-    """Whether these layers are faster here than in eager PyTorch, and why in words. Measured; csrc/eager.cpp asks too."""
+    """Whether these layers are faster here than in eager PyTorch, and why in words. csrc/eager.cpp asks the same."""
     if x.dtype == torch.float32 and len(weights) == 1:
         M, K, N = *x.shape, weights[0].shape[0]
         if torch.ops.fastenc_cpu.leaves_to_aten.default(M, N, K, training):

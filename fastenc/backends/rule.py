@@ -34,9 +34,7 @@ GAIN = 0.9  # our time must be less than this share of eager's: nearer than that
 class Speeds(NamedTuple):
     """What a backend's kernels reach, on tensor cores or without them."""
 
-    step: (
-        float  # microseconds for STEP_K columns of a sum that one program makes alone; cuBLAS cuts such sums in pieces
-    )
+    step: float  # microseconds for STEP_K columns of a sum that one program makes alone; cuBLAS cuts it in pieces
     chain: float  # microseconds at least for the backward pass of a stack
     fused: float  # microseconds at least for that of a dense layer, made without writing dZ
     shares: Mapping[int, float]  # of the datasheet's rate that products reach, from a compute capability on

@@ -70,13 +70,14 @@ class CudaRecorder:
 
         Returns the replay. The graph and its memory go when it goes.
         """
-        graph = torch.cuda.CUDAGraph()
+        graph, device = torch.cuda.CUDAGraph(), torch.cuda.current_stream().device
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 work()
         except BaseException:
             graph.reset()  # so that the allocator stops recording as well
+            # And the generator of random numbers, which a recording takes along and only its regular end sets free.
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.current_stream()):
-                pass  # and the generator of random numbers, which a recording takes along and its end sets free
+                torch.zeros(1, device=device)  # PyTorch warns of an empty one
             raise
         return graph.replay

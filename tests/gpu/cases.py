@@ -65,8 +65,8 @@ def stack(
 
 CASES = (
     Case(
-        "784-128 relu, 4096 rows",
-        lambda dtype: dense(4096, 784, 128, "relu", 0.0, dtype),
+        "784-128 relu, 512 rows",
+        lambda dtype: dense(512, 784, 128, "relu", 0.0, dtype),
         archs=ALSO_AMD,
         searched=True,
     ),
@@ -78,9 +78,9 @@ CASES = (
         ALSO_AMD,
         searched=True,
     ),
-    Case("128-64 gelu, 4096 rows", lambda dtype: dense(4096, 128, 64, "gelu", 0.0, dtype), BOTH),
-    Case("784-128 relu dropped, 4096 rows", lambda dtype: dense(4096, 784, 128, "relu", 0.1, dtype), HALF),
-    Case("784-128 relu, 4096 rows, transposed", lambda dtype: dense(4096, 784, 128, "relu", 0.0, dtype, True), HALF),
+    Case("128-64 gelu, 512 rows", lambda dtype: dense(512, 128, 64, "gelu", 0.0, dtype), BOTH),
+    Case("784-128 relu dropped, 512 rows", lambda dtype: dense(512, 784, 128, "relu", 0.1, dtype), HALF),
+    Case("784-128 relu, 512 rows, transposed", lambda dtype: dense(512, 784, 128, "relu", 0.0, dtype, True), HALF),
     Case("77-33 relu, 101 rows", lambda dtype: dense(101, 77, 33, "relu", 0.0, dtype), BOTH, aligned=False),
     Case(
         "encoder of 784 relu, 4096 rows",
@@ -89,7 +89,7 @@ CASES = (
         searched=True,
     ),
     Case("encoder of 784 relu, inference", lambda dtype: stack(4096, ENCODER, "relu", dtype, train=False), HALF),
-    Case("encoder of 784 relu dropped, 4096 rows", lambda dtype: stack(4096, ENCODER, "relu", dtype, 0.1), HALF),
+    Case("encoder of 784 relu dropped, 512 rows", lambda dtype: stack(512, ENCODER, "relu", dtype, 0.1), HALF),
     Case("encoder of 100 gelu, 4096 rows", lambda dtype: stack(4096, SMALL, "gelu", dtype), HALF, aligned=False),
     Case("autoencoder of 784 relu, 4096 rows", lambda dtype: stack(4096, AUTOENCODER, MIRRORED, dtype), BOTH, SOME),
     Case("8 layers of 128 silu, 4096 rows", lambda dtype: stack(4096, (128,) * 9, "silu", dtype), HALF, SOME),

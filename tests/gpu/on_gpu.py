@@ -1,4 +1,4 @@
-"""What a machine with a GPU can tell: `make gpu`, or `python tests/gpu/on_gpu.py`. Not yet run on one.
+"""What a machine with a GPU can tell: `make gpu`, or `python tests/gpu/on_gpu.py`.
 
 The tests of the kernels run compiled, the benchmark measures, and compute-sanitizer, where it is installed, looks at
 every access of a small program. All of it goes to one folder: report.md and report.json, and the output of each part.
