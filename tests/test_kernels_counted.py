@@ -106,11 +106,11 @@ def test_the_encoder_moves_less_than_eager(arch):
     M = 4096
     with device.assumed(device.TARGETS[arch]):
         launches = roofline.counted_launches(M, roofline.WIDTHS, roofline.ACTIVATIONS, torch.bfloat16)
-    assert len(launches) == 5
+    assert len(launches) == 4
     moved = sum(launch.bytes for launch in launches)
     least = roofline.least_bytes(M, roofline.WIDTHS, 2)
     assert moved <= 1.40 * least
-    row = f"| {M:,} | fastenc, Triton | 5 | {moved / (2 * M):,.0f} | {moved / least:.2f} |"
+    row = f"| {M:,} | fastenc, Triton | 4 | {moved / (2 * M):,.0f} | {moved / least:.2f} |"
     assert row in (Path(__file__).parents[1] / "README.md").read_text()
 
 
