@@ -158,7 +158,8 @@ def test_a_callback_stops_early(stop):
     callback = StopInAnEpoch() if stop == "batch" else StopAfterAnEpoch()
     history = trainer.fit(torch.rand(320, 20), epochs=5, callbacks=[callback])
     taken = 7 if stop == "batch" else 20
-    assert trainer.explain() == f"{taken} of {taken} steps were taken whole, by the C++ engine"
+    how = ", one a call for callbacks inside the epoch" if stop == "batch" else ""
+    assert trainer.explain() == f"{taken} of {taken} steps were taken whole, by the C++ engine{how}"
     assert len(history.epoch) == (1 if stop == "batch" else 2)
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {taken}
     trainer.fit(torch.rand(320, 20))
