@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -8,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import fastenc
 from fastenc import Encoder, Regressor
 from fastenc.data import DataError
 from fastenc.training import Callback, Trainer
@@ -220,3 +223,16 @@ def test_bad_labels_of_a_loader():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_default_device_does_not_matter(backend):
+    """What Trainer makes beside the model is where the data is, on whatever device new tensors are by default."""
+    x, results = torch.rand(100, 20), []
+    model = fastenc.AutoEncoder(fastenc.Encoder(20, (8,), dropout=0.2))
+    for device in ("cpu", "meta"):
+        twin = copy.deepcopy(model)
+        with torch.device(device), fastenc.use_backend(backend):
+            fastenc.Trainer(twin, seed=1).fit(x, epochs=2, validation_split=0.2, verbose=False)
+        results.append(twin.state_dict())
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
