@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .convert import FusionReport, fuse, fusion_report, unfuse
 from .encoder import AutoEncoder, Classifier, Encoder, Regressor
 from .evaluation import EvaluationReport, evaluate
 from .explain import explain
@@ -26,6 +27,7 @@ __all__ = [
     "EvaluationReport",
     "FineTuned",
     "FusedDense",
+    "FusionReport",
     "GradualUnfreezing",
     "History",
     "ModelFileError",
@@ -38,13 +40,16 @@ __all__ = [
     "evaluate",
     "explain",
     "finetune",
+    "fuse",
     "fused_dense",
+    "fusion_report",
     "load_lora",
     "load_preprocessing",
     "load_pretrained",
     "merge_lora",
     "save_lora",
     "tune",
+    "unfuse",
     "use_backend",
 ]
 

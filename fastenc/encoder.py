@@ -81,11 +81,12 @@ class Encoder(Pretrained, nn.Module):
         return (self.dropout,) * (len(self.layers) - 1) + (0.0,)
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module does nothing but its class's forward: no subclass, hook or wrapper."""
     state = module.__dict__
     return type(module) is kind and not (
         "forward" in state
+        or "_compiled_call_impl" in state
         or state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
@@ -93,7 +94,7 @@ def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def _has_global_hooks() -> bool:
+def has_global_hooks() -> bool:
     return bool(
         hooks._global_forward_hooks
         or hooks._global_forward_pre_hooks
@@ -106,7 +107,7 @@ def _run(layers: Iterable[nn.Module], dropouts: Sequence[float] | None, x: Tenso
     """The layers one after the other: in one kernel where nothing asks for more than their forward."""
     weights, biases, activations = [], [], []
     for layer in layers:
-        if not _is_plain(layer, FusedDense):
+        if not is_plain(layer, FusedDense):
             break
         state = layer.__dict__
         parameters = state["_parameters"]
@@ -114,7 +115,7 @@ def _run(layers: Iterable[nn.Module], dropouts: Sequence[float] | None, x: Tenso
         biases.append(parameters["bias"])
         activations.append(state["activation"])
     else:
-        if not _has_global_hooks():
+        if not has_global_hooks():
             return encoder_stack(x, weights, biases, activations, dropouts)
     for i, layer in enumerate(layers):
         x = layer(x)
@@ -128,9 +129,9 @@ def _fusible(stack: nn.Module) -> tuple[list[nn.Module], tuple[float, ...] | Non
 
     None if they may not.
     """
-    if _is_plain(stack, FusedDense):
+    if is_plain(stack, FusedDense):
         return [stack], None
-    if not isinstance(stack, Encoder) or not _is_plain(stack, Encoder):
+    if not isinstance(stack, Encoder) or not is_plain(stack, Encoder):
         return None
     return list(stack.layers), stack._dropouts()
 
@@ -138,7 +139,7 @@ def _fusible(stack: nn.Module) -> tuple[list[nn.Module], tuple[float, ...] | Non
 def _run_both(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
     """`second(first(x))`, in one kernel if both are plain stacks."""
     below, above = _fusible(first), _fusible(second)
-    if below is None or above is None or _has_global_hooks():
+    if below is None or above is None or has_global_hooks():
         return second(first(x))
     dropouts = None
     if below[1] is not None or above[1] is not None:
@@ -153,13 +154,13 @@ def plain_stack(model: nn.Module) -> tuple[list[FusedDense], list[float]] | None
     """
     parts = {AutoEncoder: ("encoder", "decoder"), Classifier: ("encoder", "head"), Regressor: ("encoder", "head")}
     names = parts.get(type(model))
-    if _has_global_hooks() or (names is not None and not _is_plain(model, type(model))):
+    if has_global_hooks() or (names is not None and not is_plain(model, type(model))):
         return None
     layers: list[FusedDense] = []
     dropouts: list[float] = []
     for stack in [model] if names is None else [getattr(model, name) for name in names]:
         fusible = _fusible(stack)
-        if fusible is None or not all(_is_plain(layer, FusedDense) for layer in fusible[0]):
+        if fusible is None or not all(is_plain(layer, FusedDense) for layer in fusible[0]):
             return None
         layers += cast("list[FusedDense]", fusible[0])
         dropouts += fusible[1] or (0.0,) * len(fusible[0])

@@ -33,7 +33,7 @@ LAYERS = (
     },
     {"finetuning", "multitask"},
     {"training"},
-    {"encoder", "explain", "files", "lora", "pretrained", "tune"},
+    {"convert", "encoder", "explain", "files", "lora", "pretrained", "tune"},
     {"modules"},
     {"functional"},
     {"ops"},
