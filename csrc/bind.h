@@ -22,12 +22,12 @@ using torch::headeronly::ScalarType;
 
 // The kernels of this process; eager.cpp gets it from ops.cpp, and checks that both were compiled from the same
 // structs.
-constexpr int64_t kAccessVersion = 3;  // to be raised when a struct of cpu/stack.h changes
+constexpr int64_t kAccessVersion = 4;  // to be raised when a struct of cpu/stack.h changes
 struct Access {
   int64_t version;
   const Kernels& (*kernels)();
   Runtime (*runtime)();
-  bool (*leaves_to_aten)(int64_t M, int64_t N, int64_t K, bool training);
+  bool (*leaves_to_aten)(int64_t M, int64_t N, int64_t K, bool training, bool in_stack);
 };
 
 template <class Tensor>

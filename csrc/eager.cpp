@@ -24,6 +24,8 @@ void fill_zero(Tensor& tensor) { tensor.zero_(); }
 
 }  // namespace at
 
+#include <algorithm>
+
 #include "bind.h"
 
 namespace {
@@ -235,6 +237,21 @@ bool is_eligible(const Tensor& x, at::TensorList weights, at::TensorList biases)
   return true;
 }
 
+bool any_requires_grad(at::TensorList tensors) {
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [](const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); });
+}
+
+Tensor run_stack(const Tensor& x, at::TensorList parameters, at::IntArrayRef activations);
+
+// Layers [first, end) of the stack.
+Tensor run_part(const Tensor& x, at::TensorList parameters, at::IntArrayRef activations, size_t first, size_t end) {
+  const size_t depth = activations.size(), count = end - first;
+  variable_list part(parameters.begin() + first, parameters.begin() + end);
+  part.insert(part.end(), parameters.begin() + depth + first, parameters.begin() + depth + end);
+  return run_stack(x, part, activations.slice(first, count));
+}
+
 Tensor run_stack(const Tensor& x, at::TensorList parameters, at::IntArrayRef activations) {
   const size_t depth = activations.size();
   const at::TensorList weights = parameters.slice(0, depth), biases = parameters.slice(depth, depth);
@@ -243,13 +260,18 @@ Tensor run_stack(const Tensor& x, at::TensorList parameters, at::IntArrayRef act
     for (size_t l = 0; l < depth; ++l) out = activate(at::linear(out, weights[l], optional(biases[l])), activations[l]);
     return out;
   }
-  if (depth == 1 && x.scalar_type() == at::kFloat && x.numel() > 0) {
-    const Tensor& weight = weights[0];
-    const bool training = at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() ||
-                                                         (biases[0].defined() && biases[0].requires_grad()));
-    if (kernel_access().leaves_to_aten(x.numel() / x.size(-1), weight.size(0), weight.size(1), training)) {
-      Tensor z = at::linear(x, weight, optional(biases[0]));
-      return training ? activate(z, activations[0]) : activate_in_place(std::move(z), activations[0]);
+  if (x.scalar_type() == at::kFloat && x.numel() > 0) {
+    const bool training = at::GradMode::is_enabled() && (x.requires_grad() || any_requires_grad(parameters));
+    const int64_t rows = x.numel() / x.size(-1);
+    const auto leaves = [&](size_t l) {
+      return kernel_access().leaves_to_aten(rows, weights[l].size(0), weights[l].size(1), training, depth > 1);
+    };
+    for (size_t l = 0; l < depth; ++l) {
+      if (!leaves(l)) continue;
+      Tensor out = l == 0 ? x : run_part(x, parameters, activations, 0, l);
+      out = at::linear(out, weights[l], optional(biases[l]));
+      out = training ? activate(out, activations[l]) : activate_in_place(std::move(out), activations[l]);
+      return l + 1 == depth ? out : run_part(out, parameters, activations, l + 1, depth);
     }
   }
   Tensor rows = x.dim() == 2 ? x : x.reshape({c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), x.size(-1)});

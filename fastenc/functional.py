@@ -241,7 +241,11 @@ def encoder(
     traced = _traced_by()
     if traced is None and not drops and not x.is_cuda and (operators := ops.everyday()):
         return operators.encoder.default(x, weights, biases, activation_codes(activations))
-    if traced is None and x.dim() > 0 and (cut := ops.parts(x, weights)):
+    if (
+        traced is None
+        and x.dim() > 0
+        and (cut := ops.parts(x, weights, _first_with_gradient(x, weights, biases) < len(weights)))
+    ):
         for part in cut:
             x = encoder(x, weights[part], biases[part], activations[part], dropouts[part])
         return x

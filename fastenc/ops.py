@@ -170,12 +170,12 @@ def _none_wins(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str],
     return choice.none_wins(choice.problem_of(x, weights, activations, training), x.device)
 
 
-def parts(x: Tensor, weights: Sequence[Tensor]) -> list[slice] | None:
+def parts(x: Tensor, weights: Sequence[Tensor], training: bool) -> list[slice] | None:
     """How to cut a stack so that each part can run in one kernel; None for not at all."""
     forced = _forced.get()
     for backend in _ON_DEVICE.get(x.device.type, []) if forced == "auto" else [BACKENDS[forced]]:
         if hasattr(backend, "parts") and backend.why_unavailable() is None:
-            found = backend.parts(tuple(weight.shape[0] if weight.dim() else 0 for weight in weights))
+            found = backend.parts(x, weights, training)
             return found if len(found) > 1 else None
     return None
 

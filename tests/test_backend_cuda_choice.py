@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastenc
 from fastenc import ops
-from fastenc.backends import choice, cuda, gpu, triton
+from fastenc.backends import choice, cuda, gpu, stack, triton
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,11 +74,11 @@ def test_a_deep_stack_is_cut_into_kernels(auto_on_this_device):
 
 
 def test_parts():
-    assert cuda.parts((128, 64, 16)) == [slice(0, 3)]
-    assert cuda.parts((64,) * 9) == [slice(0, 8), slice(8, 9)]
-    assert cuda.parts((1024, 64, 16)) == [slice(0, 1), slice(1, 3)]
-    assert cuda.parts((128, 64, 128, 784)) == [slice(0, 4)]  # the last may be wide
-    assert cuda.parts((512, 256)) == [slice(0, 1), slice(1, 2)]
+    assert stack.parts((128, 64, 16), cuda.is_narrow) == [slice(0, 3)]
+    assert stack.parts((64,) * 9, cuda.is_narrow) == [slice(0, 8), slice(8, 9)]
+    assert stack.parts((1024, 64, 16), cuda.is_narrow) == [slice(0, 1), slice(1, 3)]
+    assert stack.parts((128, 64, 128, 784), cuda.is_narrow) == [slice(0, 4)]  # the last may be wide
+    assert stack.parts((512, 256), cuda.is_narrow) == [slice(0, 1), slice(1, 2)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <stdexcept>
@@ -125,13 +126,16 @@ std::string configure(const std::string& isa, bool brgemm) {
   return text;
 }
 
-bool leaves_to_aten(int64_t M, int64_t N, int64_t K, bool training) {
+bool leaves_to_aten(int64_t M, int64_t N, int64_t K, bool training, bool in_stack) {
   constexpr int64_t kLeastRows = 16;          // of which a weight is packed
   constexpr int64_t kLeastWork = 512 << 10;   // multiply-adds: below it is a call's own time that counts
   constexpr int64_t kFewRows = 4;             // a gradient of which is a few outer products
   constexpr int64_t kLargeWeight = 64 << 10;  // elements: writing its gradient is what takes time
   constexpr int64_t kWideLayer = 600 << 10;   // elements of a weight of which the gradients' products take all the time
+  constexpr int64_t kWideInStack = 256;       // features on both sides
   if (state().borrowed.brgemm_float != nullptr) return false;
+  if (in_stack && M <= kFewRows) return training && N * K >= kWideLayer;
+  if (in_stack) return M >= kLeastRows && std::min(N, K) >= kWideInStack;
   if (!training) return M >= kLeastRows && M * N * K >= kLeastWork;
   return N * K >= (M <= kFewRows ? kLargeWeight : kWideLayer);
 }

@@ -18,8 +18,9 @@ std::string configure(const std::string& isa, bool brgemm);
 
 // Whether eager PyTorch's operators take less time for one layer, [M, K] to [M, N] in fp32, than the kernels: without
 // brgemm, where the product of a BLAS library is at the machine's peak too and our packing comes on top. With one or
-// two rows nothing is packed; in training the kernels save passes. (Measured on an AMD EPYC with AVX2, Zen 3.)
-bool leaves_to_aten(int64_t M, int64_t N, int64_t K, bool training);
+// two rows nothing is packed; in training the kernels save passes, as they do for a layer of a stack, whose rows stay
+// in cache from one to the next. (Measured on an AMD EPYC with AVX2, Zen 3.)
+bool leaves_to_aten(int64_t M, int64_t N, int64_t K, bool training, bool in_stack);
 
 // 10^9 floating-point operations a second of brgemm on all of torch's threads, on tiles of an encoder's size: the peak
 // to compare kernels with. 0 where there is no brgemm.

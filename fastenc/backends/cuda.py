@@ -120,9 +120,9 @@ def is_narrow(widths: Sequence[int]) -> bool:
     return 2 <= len(widths) <= DEEPEST and min(widths) > 0 and max(widths[:-1]) <= WIDEST
 
 
-def parts(widths: tuple[int, ...]) -> list[slice]:
-    """A stack with these outputs, cut into what runs in one kernel: runs of narrow layers, and single ones."""
-    return stack.parts(widths, is_narrow)
+def parts(x: Tensor, weights: Sequence[Tensor], training: bool) -> list[slice]:
+    """A stack cut into what runs in one kernel: runs of narrow layers, and single ones."""
+    return stack.parts(tuple(weight.shape[0] if weight.dim() else 0 for weight in weights), is_narrow)
 
 
 def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:

@@ -98,9 +98,9 @@ def tuning() -> Any:
     return _kernels().tuning
 
 
-def parts(widths: tuple[int, ...]) -> list[slice]:
-    """A stack with these outputs, cut into what runs in one kernel: runs of narrow layers, and single ones."""
-    return stack.parts(widths, is_narrow)
+def parts(x: Tensor, weights: Sequence[Tensor], training: bool) -> list[slice]:
+    """A stack cut into what runs in one kernel: runs of narrow layers, and single ones."""
+    return stack.parts(tuple(weight.shape[0] if weight.dim() else 0 for weight in weights), is_narrow)
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:

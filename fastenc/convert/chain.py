@@ -174,7 +174,8 @@ def chain(x: Any, *steps: Any) -> Any:
         x: what the first step takes; fused where it is a tensor `[..., K]`.
         steps: callables; names of methods of a tensor, as "relu"; or tuples (function, further arguments, keywords).
     """
-    if has_global_hooks() or torch._C._is_tracing():  # torch.jit.trace records PyTorch's own operators
+    # torch.jit.trace is to record PyTorch's own operators.
+    if has_global_hooks() or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
         for step in steps:
             x = call(step, x)
         return x
@@ -187,7 +188,7 @@ def chain(x: Any, *steps: Any) -> Any:
                 if type(layer) is not FusedDense:
                     x = get_activation(name).forward(x)
         else:
-            weights = [layer._parameters["weight"] for layer in part.layers]
+            weights: list[Any] = [layer._parameters["weight"] for layer in part.layers]
             biases = [layer._parameters["bias"] for layer in part.layers]
             if len(weights) == 1:
                 x = fused_dense(x, weights[0], biases[0], part.activations[0])

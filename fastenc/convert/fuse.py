@@ -19,7 +19,6 @@ from torch import nn
 from .chain import Run, activation_of, plan, why_not_linear
 from .report import FusionReport
 from .resolve import UNKNOWN, resolve
-from .rewrite import Method
 from .twin import methods, original, refusals, twin, why_no_twin
 
 
@@ -74,7 +73,9 @@ def fusion_report(model: nn.Module) -> FusionReport:
         if why_no_twin(module) is not None:
             continue
         for name, method in methods(module):
-            for site in method.sites if isinstance(method, Method) else ():
+            if isinstance(method, str):
+                continue
+            for site in method.sites:
                 steps = resolve(method, module, site.steps)
                 if not _is_wanted(module, steps):
                     continue
@@ -136,8 +137,9 @@ def _left(model: nn.Module, seen: set[int]) -> Iterator[tuple[str, str]]:
     """(name, reason) for each Linear layer, or layer like one, that is not among those seen."""
     for path, parent in model.named_modules():
         for name, layer in parent.named_children():
-            if id(layer) in seen or not (isinstance(layer, nn.Linear) or type(layer).__name__.endswith("Linear")):
+            kind = layer.original_name if isinstance(layer, torch.jit.ScriptModule) else type(layer).__name__
+            if id(layer) in seen or not (isinstance(layer, nn.Linear) or kind.endswith("Linear")):
                 continue
             seen.add(id(layer))
-            reason = why_not_linear(layer) or why_no_twin(parent) or refusals(parent).get(name)
+            reason = why_no_twin(parent) or why_not_linear(layer) or refusals(parent).get(name)
             yield f"{path}.{name}".lstrip("."), reason or "no activation follows it at once"

@@ -9,12 +9,11 @@ from __future__ import annotations
 import ast
 import copy
 import types
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 from .chain import METHODS, chain
-from .source import compiled, innermost, parsed, replaced
+from .source import compiled, innermost, owner, parsed, replaced
 
 CHAIN = "__fastenc_chain__"
 # With one of these a method can see its own variables by name.
@@ -53,6 +52,7 @@ class Method:
         self._tree = parsed(self._inner)
         arguments = [*self._tree.args.posonlyargs, *self._tree.args.args]
         self.self_name = arguments[0].arg if arguments else ""
+        self.owner = owner(self._inner)
         self.sites: list[Site] = []
 
         def note(site: Site) -> bool:
@@ -164,7 +164,11 @@ class _Transformer(ast.NodeTransformer):
         self.done: set[ast.stmt] = set()
         self.guarded = 0  # within how many blocks that may go on after an exception
         nodes = [node for statement in function.body for node in ast.walk(statement)]
-        self.loads = Counter(n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))
+        self.looping = 0
+        self.loads: dict[str, list[tuple[int, int]]] = {}  # where each variable is read
+        for n in nodes:
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load):
+                self.loads.setdefault(n.id, []).append((n.lineno, n.col_offset))
         inner = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
         self.shared = set(_names(*(n for n in nodes if isinstance(n, inner))))  # seen from other functions, too
         for n in nodes:
@@ -191,13 +195,20 @@ class _Transformer(ast.NodeTransformer):
             self.generic_visit(node)
         return node
 
-    def visit_Try(self, node: ast.Try) -> ast.AST:
+    def _visit_try(self, node: ast.AST) -> ast.AST:
         self.guarded += 1
         self.generic_visit(node)
         self.guarded -= 1
         return node
 
-    visit_TryStar = visit_Try  # noqa: N815
+    def _visit_loop(self, node: ast.AST) -> ast.AST:
+        self.looping += 1
+        self.generic_visit(node)
+        self.looping -= 1
+        return node
+
+    visit_For = visit_While = _visit_loop  # noqa: N815
+    visit_Try = visit_TryStar = _visit_try  # noqa: N815
 
     def visit_With(self, node: ast.With) -> ast.AST:
         # PyTorch's own contexts swallow no exceptions.
@@ -254,12 +265,19 @@ class _Transformer(ast.NodeTransformer):
                 break
             if name in self.shared or name in _names(*_expressions(following)):
                 break
-            gone = isinstance(block[end + 1], ast.Return) or name == _assigned(block[end + 1]) or self.loads[name] == 1
-            if not gone:
+            if name != _assigned(block[end + 1]) and self._read_after(name, block[end + 1]):
                 break
             steps = [*steps, *following]
             end += 1
         return end, steps, base
+
+    def _read_after(self, name: str, statement: ast.stmt) -> bool:
+        """Whether anything but this statement may still read the variable."""
+        if isinstance(statement, ast.Return):
+            return False
+        if self.looping:
+            return len(self.loads[name]) > 1
+        return max(self.loads[name]) > (statement.end_lineno, statement.end_col_offset)  # in the order of the source
 
     def _handed(self, statement: ast.stmt) -> tuple[list[Step], ast.expr | None]:
         """(steps, what goes in) if all that the statement does is to keep or return what comes out of them."""
@@ -274,7 +292,9 @@ class _Transformer(ast.NodeTransformer):
         targets = list(_names(loop.target))
         if loop.orelse or not _iterates(loop.iter) or not isinstance(loop.target, ast.Name | ast.Tuple):
             return [], None
+        self.looping += 1
         end, steps, base = self._run_from(loop.body, 0)
+        self.looping -= 1
         x = _assigned(loop.body[end])
         if end != len(loop.body) - 1 or not isinstance(base, ast.Name) or base.id != x or x in self.shared:
             return [], None
@@ -282,7 +302,7 @@ class _Transformer(ast.NodeTransformer):
         if x in targets or x in looked_up or x in _names(loop.iter) or any(isinstance(step, Loop) for step in steps):
             return [], None
         # The comprehension keeps its variables to itself.
-        if any(name in self.shared or self.loads[name] != looked_up.count(name) for name in targets):
+        if any(name in self.shared or len(self.loads.get(name, ())) != looked_up.count(name) for name in targets):
             return [], None
         return [Loop(loop, steps)], base
 

@@ -103,17 +103,15 @@ def parsed(function: types.FunctionType) -> ast.FunctionDef:
 
 def compiled(definition: ast.FunctionDef, function: types.FunctionType, *variables: str) -> types.CodeType:
     """Code of the definition, as in the function's class and with the variables around it, and further ones."""
-    owner = function.__qualname__.rpartition(".")[0].rpartition(".")[2]  # for names as self.__private
-    owner = owner if owner.isidentifier() else "_"
     around = [name for name in function.__code__.co_freevars if name != "__class__"]
     # A call of what the file imports, as F.relu, compiles to other code than a method's.
     imports = "".join(f"import {name}\n" for name in _imported("".join(inspect.findsource(function)[0])))
-    tree = ast.parse(f"{imports}def outer({', '.join([*around, *variables])}):\n  class {owner}: pass")
+    tree = ast.parse(f"{imports}def outer({', '.join([*around, *variables])}):\n  class {owner(function)}: pass")
     cast(ast.ClassDef, cast(ast.FunctionDef, tree.body[-1]).body[0]).body = [definition]
     flags = function.__code__.co_flags & _FUTURES
     ast.fix_missing_locations(tree)
     code = compile(tree, function.__code__.co_filename, "exec", flags, dont_inherit=True)
-    for name in ("outer", owner, definition.name):
+    for name in ("outer", owner(function), definition.name):
         code = next(c for c in code.co_consts if isinstance(c, types.CodeType) and c.co_name == name)
     if hasattr(code, "co_qualname"):
         code = code.replace(co_qualname=function.__code__.co_qualname)
@@ -124,6 +122,12 @@ def compiled(definition: ast.FunctionDef, function: types.FunctionType, *variabl
 def _imported(source: str) -> tuple[str, ...]:
     table = symtable.symtable(source, "source", "exec")
     return tuple(sorted(symbol.get_name() for symbol in table.get_symbols() if symbol.is_imported()))
+
+
+def owner(function: types.FunctionType) -> str:
+    """The class that the function is written in: it is part of names as self.__private."""
+    name = function.__qualname__.rpartition(".")[0].rpartition(".")[2]
+    return name if name.isidentifier() else "_"
 
 
 def _same(a: types.CodeType, b: types.CodeType) -> bool:

@@ -95,6 +95,8 @@ def _mentioned(function: types.FunctionType) -> frozenset[str]:
 def twin(cls: type, choices: tuple[tuple[str, tuple[bool, ...]], ...]) -> type:
     """The class with the sites of the methods so named rewritten, each True one."""
 
+    new: Any = None
+
     def reduce(self: nn.Module, protocol: Any) -> Any:
         function, args, *state = super(new, self).__reduce_ex__(max(int(protocol), 2))
         if function is copyreg.__newobj__ and args[0] is new:  # type: ignore[attr-defined]
