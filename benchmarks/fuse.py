@@ -75,41 +75,38 @@ def setup(case: Case, name: str, compiles: bool) -> Sides:
         return Sides(Side(inference(fused, x)), peers, exact, ("out",), torch.inference_mode)
     with torch.no_grad():
         grad_out = torch.randn_like(model(x))
-    every = range(len(list(model.parameters())))
-    out, *grads = gradients(exact_model, widened(x), grad_out.double(), every)()
+    exact_grads = gradients_of(exact_model, widened(x), grad_out.double())[1]
     # Some are zero but for rounding, as that of a key's bias, which softmax does not see: there is nothing to compare.
-    least = 1e-9 * max(map(largest_value, grads))
-    compared = [i for i in every if largest_value(grads[i]) > least]
-    peers = {key: Side(gradients(side, x, grad_out, compared)) for key, side in sides.items()}
-    names = [f"grad of {name}" for name, _ in model.named_parameters()]
-    return Sides(
-        Side(gradients(fused, x, grad_out, compared)),
-        peers,
-        (out, *(grads[i] for i in compared)),
-        ("out", *(names[i] for i in compared)),
-    )
+    sizes = [largest_value(grad) for grad in exact_grads]
+    scales = [1 / size if size > 1e-9 * max(sizes) else 0.0 for size in sizes]
+    training_side = partial(as_side, x=x, grad_out=grad_out, scales=scales)
+    exact = as_side(exact_model, widened(x), grad_out.double(), scales).results()
+    peers = {key: training_side(side) for key, side in sides.items()}
+    return Sides(training_side(fused), peers, exact, ("out", "the gradients, each divided by its largest value"))
 
 
 def inference(model: nn.Module, x: Tensor) -> Call:
     return lambda: (model(x),)
 
 
-def gradients(model: nn.Module, x: Tensor, grad_out: Tensor, compared: Sequence[int]) -> Call:
-    """Forward and backward: the output, and the gradients of the parameters of those numbers."""
+def gradients_of(model: nn.Module, x: Tensor, grad_out: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Forward and backward: the output, and the gradients of all parameters; zero where a parameter takes no part."""
     parameters = list(model.parameters())
-
-    def call() -> Results:
-        for parameter in parameters:
-            parameter.grad = None
-        out = model(x)
-        out.backward(grad_out)
-        return (out.detach(), *(gradient_of(parameters[i]) for i in compared))
-
-    return call
+    for parameter in parameters:
+        parameter.grad = None
+    out = model(x)
+    out.backward(grad_out)
+    return out.detach(), [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
-def gradient_of(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+def as_side(model: nn.Module, x: Tensor, grad_out: Tensor, scales: Sequence[float]) -> Side:
+    """Timed is forward and backward. Compared are the output and all gradients, each of them scaled."""
+
+    def results() -> Results:
+        out, grads = gradients_of(model, x, grad_out)
+        return out, torch.cat([grad.flatten() * scale for grad, scale in zip(grads, scales, strict=True)])
+
+    return Side(lambda: (gradients_of(model, x, grad_out)[0],), verify=results)
 
 
 def widened(x: Tensor) -> Tensor:
