@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import fusible_models
 import pytest
@@ -390,3 +392,12 @@ def test_functional_transforms():
         if module is fused:
             ours = per_row
     assert all(torch.allclose(ours[name], per_row[name], atol=1e-6) for name in parameters)
+
+
+def test_the_block_of_the_docs_runs(capsys):
+    text = (Path(__file__).parents[1] / "docs" / "fuse.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    assert capsys.readouterr().out.startswith("fastenc.fuse: 3 layers fused:\n  0 + relu -> 2 + relu -> 4\n32 rows, ")
+    assert type(names["model"]) is nn.Sequential

@@ -107,3 +107,36 @@ def test_a_sentence_encoder_ranks_as_before():
     ranks = [(v[len(SENTENCES) :] @ v[: len(SENTENCES)].T).argsort(dim=1, descending=True) for v in (ours, exact)]
     assert torch.equal(*ranks)
     assert [SENTENCES[best] for best in ranks[0][:, 0]] == [SENTENCES[0], SENTENCES[5], SENTENCES[6]]
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+HUGGING_FACE = {
+    "Bert": ({**TINY, "intermediate_size": 32}, "encoder.layer.{}.intermediate.dense + gelu"),
+    "OPT": (
+        {**TINY, **IDS, "ffn_dim": 32, "word_embed_proj_dim": 16},
+        "decoder.layers.{0}.fc1 + relu -> decoder.layers.{0}.fc2",
+    ),
+    "ViT": (
+        {**TINY, "intermediate_size": 32, "image_size": 16, "patch_size": 8},
+        "layers.{0}.mlp.fc1 + gelu -> layers.{0}.mlp.fc2",
+    ),
+    "Llama": ({**TINY, **IDS, "intermediate_size": 32}, "layers.{}.mlp.gate_proj + silu"),
+}
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_blocks_of_hugging_face(name):
+    transformers = pytest.importorskip("transformers")
+    settings, run = HUGGING_FACE[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    fused = fastenc.fuse(model, verbose=False)
+    assert {run.format(i) for i in range(2)} <= set(fastenc.fusion_report(fused).fused)
+    x = torch.randn(2, 3, 16, 16) if name == "ViT" else torch.randint(3, 50, (2, 5))
+    exact_model = copy.deepcopy(model).double()
+    worst = Worst()
+    outs = [m(y).last_hidden_state for m, y in ((fused, x), (model, x), (exact_model, fuse.widened(x)))]
+    worst.add(*({"out": out.detach()} for out in outs))
+    worst.check()
