@@ -7,6 +7,7 @@ all but the emulator itself, whose fibers are its threads.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -158,10 +159,11 @@ def linked(kind: str, name: str, sources: Sequence[Path]) -> Path:
     if not compiler or not compiles(compiler, kind):
         pytest.skip(f"there is no C++ compiler for the {kind} build")
     (BUILT / kind).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(2) as pool:
+    with open(BUILT / kind / "lock", "w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes that test, one compiles
         objects = list(pool.map(lambda source: compiled(compiler, kind, source), [*sources, *EMULATOR]))
-    known = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
-    return made(BUILT / kind / f"{name}-{known}", [compiler, *FLAGS[kind], *objects, *LIBRARIES.get(kind, ())])
+        known = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
+        return made(BUILT / kind / f"{name}-{known}", [compiler, *FLAGS[kind], *objects, *LIBRARIES.get(kind, ())])
 
 
 def compiles(compiler: str, kind: str) -> bool:
