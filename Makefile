@@ -50,7 +50,7 @@ test: $(BUILD)/built $(VENV)/stamp-test
 	$(PYTEST)
 
 test-full: $(BUILD)/built $(VENV)/stamp-test
-	$(PYTEST) -m ""
+	$(PYTEST) -m "not brief"
 
 test-smoke: $(BUILD)/built $(VENV)/stamp-test
 	$(ENV_PYTHON) -m pytest tests/test_smoke.py $(ARGS)
