@@ -8,6 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch>=2.13
 PEERS_VENV ?= .venv-peers
 ARGS ?=
+WORKERS ?= 2
 
 ENV_PYTHON := $(VENV)/bin/python
 # No build isolation: the C++ autograd is for the very torch that it runs with. PATH: torch looks for ninja there.
@@ -15,6 +16,10 @@ PIP := PATH="$(abspath $(VENV)/bin):$$PATH" $(ENV_PYTHON) -m pip --disable-pip-v
 BUILD := build/$(notdir $(VENV))
 TORCH_STAMP := $(VENV)/stamp-$(subst /,_,$(subst $() ,_,$(TORCH)))
 CXX_FILES := $(sort $(foreach end,h cpp cuh cu,$(wildcard csrc/*.$(end) csrc/*/*.$(end))))
+# All tests: in several processes, each file in one of them, with one thread where a test does not ask for more.
+# Some tests, by ARGS: in one process, where -s and --pdb work.
+PARALLEL := OMP_NUM_THREADS=1 $(ENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(if $(ARGS),$(ENV_PYTHON) -m pytest $(ARGS),$(PARALLEL))
 FORMATTED := $(CXX_FILES) $(wildcard tests/native/*.cpp tests/native/*.h)
 
 .PHONY: help demo test test-full test-smoke bench bench-peers gpu gpu-there resources lint format clean
@@ -33,6 +38,7 @@ help:
 	@echo "make format       let ruff and clang-format change the files"
 	@echo "make clean        remove what was built; an environment is removed by rm -r $(VENV)"
 	@echo
+	@echo "WORKERS=2                              processes that share all the tests; those by ARGS run in one"
 	@echo "VENV=.venv-cpu TORCH='torch==2.13.0'   another environment, with another torch"
 	@echo "PYTHON=python3.12                      the Python that makes the environment"
 	@echo "FASTENC_CUDA=0, TORCH_CUDA_ARCH_LIST=8.0   compile no CUDA kernels, or for one GPU: minutes less; see setup.py"
@@ -41,10 +47,10 @@ demo: $(BUILD)/built
 	$(ENV_PYTHON) examples/digits.py $(ARGS)
 
 test: $(BUILD)/built $(VENV)/stamp-test
-	$(ENV_PYTHON) -m pytest $(ARGS)
+	$(PYTEST)
 
 test-full: $(BUILD)/built $(VENV)/stamp-test
-	$(ENV_PYTHON) -m pytest -m "" $(ARGS)
+	$(PYTEST) -m "not brief"
 
 test-smoke: $(BUILD)/built $(VENV)/stamp-test
 	$(ENV_PYTHON) -m pytest tests/test_smoke.py $(ARGS)

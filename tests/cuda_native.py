@@ -7,6 +7,7 @@ all but the emulator itself, whose fibers are its threads.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -34,18 +35,20 @@ STRIDES = ("contiguous", "transposed", "expanded", "scalar", "misaligned", "padd
 
 EMULATOR = [ROOT / "csrc/simt" / name for name in ("fiber.cpp", "simt.cpp", "traffic.cpp")]  # knows no torch
 COMMON = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}")
+# Of the program and of the operators, which share what they compile.
+PLAIN = (
+    *("-O2", "-fPIC", "-fvisibility=hidden"),
+    "-DTORCH_TARGET_VERSION=0x020d000000000000",  # the stable ABI of torch 2.13, as in setup.py
+    *("-isystem", str(TORCH / "include")),
+)
 FLAGS = {
-    "plain": ("-O2",),
+    "plain": PLAIN,
     "address": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "thread": ("-O1", "-g1", "-fsanitize=thread", "-Wno-tsan", "-DSIMT_THREAD_SANITIZER"),
-    "library": ("-O2", "-fPIC", "-shared"),
-    "operators": (
-        *("-O2", "-fPIC", "-shared", "-fvisibility=hidden"),
-        "-DTORCH_TARGET_VERSION=0x020d000000000000",  # the stable ABI of torch 2.13, as in setup.py
-        *("-isystem", str(TORCH / "include")),
-    ),
+    "library": ("-O2", "-fPIC"),
+    "operators": PLAIN,
 }
-LIBRARIES = {"operators": (f"-L{TORCH / 'lib'}", "-ltorch_cpu")}
+LINKED = {"library": ("-shared",), "operators": ("-shared", f"-L{TORCH / 'lib'}", "-ltorch_cpu")}
 SANITIZERS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # what a faulting kernel leaves on its fibers
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -157,11 +160,12 @@ def linked(kind: str, name: str, sources: Sequence[Path]) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if not compiler or not compiles(compiler, kind):
         pytest.skip(f"there is no C++ compiler for the {kind} build")
-    (BUILT / kind).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(2) as pool:
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with open(BUILT / "lock", "w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two processes that test, one compiles
         objects = list(pool.map(lambda source: compiled(compiler, kind, source), [*sources, *EMULATOR]))
-    known = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
-    return made(BUILT / kind / f"{name}-{known}", [compiler, *FLAGS[kind], *objects, *LIBRARIES.get(kind, ())])
+        known = digest(*(path.name for path in objects))
+        return made(BUILT / f"{kind}-{name}-{known}", [compiler, *FLAGS[kind], *objects, *LINKED.get(kind, ())])
 
 
 def compiles(compiler: str, kind: str) -> bool:
@@ -173,9 +177,12 @@ def compiled(compiler: str, kind: str, source: Path) -> Path:
     flags = [*COMMON, *FLAGS[kind]]
     if source.parent.name == "simt":
         flags = [flag for flag in flags if flag != "-fsanitize=thread"]  # it makes the threads that are looked at
-    known = hashlib.sha256(repr([compiler, flags, closure(source)]).encode()).hexdigest()[:16]
-    target = BUILT / kind / f"{source.parent.name}-{source.stem}-{known}"
+    target = BUILT / f"{source.parent.name}-{source.stem}-{digest(compiler, *flags)}-{digest(closure(source))}"
     return made(target, [compiler, *flags, "-c", "-x", "c++", source])
+
+
+def digest(*words: str) -> str:
+    return hashlib.sha256(repr(words).encode()).hexdigest()[:16]
 
 
 @functools.cache

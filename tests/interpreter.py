@@ -308,8 +308,10 @@ def _interpret_library() -> None:
 
 if INTERPRETED:
     import interpreted_numbers
+    import interpreted_types
 
     _interpret_library()
 
     interpreted_numbers.mend()
+    interpreted_types.keep()
     _check_launches()

@@ -29,6 +29,7 @@ def fuzz(seconds: float) -> None:
     assert launches
 
 
+@pytest.mark.brief
 def test_random_launches():
     fuzz(seconds=30)
 

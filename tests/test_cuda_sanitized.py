@@ -26,18 +26,21 @@ def in_all_schedules(cases: Iterable[Case]) -> list[Case]:
     return [scheduled for case in cases for scheduled in schedules(case)]
 
 
+@pytest.mark.brief
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("op", OPS)
 def test_right_with_the_same_bits_in_all_schedules(op, arithmetic):
     clean("plain", in_all_schedules(edges(op, arithmetic)))
 
 
+@pytest.mark.brief
 @pytest.mark.parametrize("op", OPS)
 def test_nothing_beyond_a_buffer_is_touched(op):
     cases = [case for arithmetic in ARITHMETICS for case in edges(op, arithmetic)]
     clean("address", [case for first in cases for case in (schedules(first)[0], schedules(first)[-1])])
 
 
+@pytest.mark.brief
 @pytest.mark.parametrize("op", OPS)
 def test_no_races(op):
     cases = [edges(op, arithmetic)[1 + number % 2] for number, arithmetic in enumerate(ARITHMETICS)]

@@ -28,8 +28,8 @@ class Listener(Callback):
         pass
 
 torch.manual_seed(0)
-x = torch.rand(640, 300)
-trainer = Trainer(AutoEncoder(Encoder(300, (128, 32), dropout=0.1)), seed=0, clip_norm=1.0)
+x = torch.rand(640, 40)
+trainer = Trainer(AutoEncoder(Encoder(40, (64, 32), dropout=0.1)), seed=0, clip_norm=1.0)
 callbacks = [Listener()] if sys.argv[1] == "True" else []
 
 def take(thousands):

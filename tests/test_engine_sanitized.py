@@ -96,7 +96,10 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize(
     ("isa", "passes"),
-    [(ISAS[0], 1), *(pytest.param(isa, 2, marks=pytest.mark.full) for isa in ISAS)],
+    [
+        pytest.param(ISAS[0], 1, marks=pytest.mark.brief),
+        *(pytest.param(isa, 2, marks=pytest.mark.full) for isa in ISAS),
+    ],
 )
 def test_workers_share_a_step_without_a_mistake(program, isa, passes, sanitizer):
     result = run(program(isa, sanitizer), str(passes))

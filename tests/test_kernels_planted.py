@@ -256,7 +256,7 @@ def test_a_mistake_is_caught(plant, mistake):
         mistake.test()
 
 
-@pytest.mark.parametrize("test", {mistake.test for mistake in MISTAKES}, ids=lambda test: test.__name__)
+@pytest.mark.parametrize("test", dict.fromkeys(mistake.test for mistake in MISTAKES), ids=lambda test: test.__name__)
 def test_a_copy_without_mistakes_passes(plant, test):
     plant("device.py", "import triton\n", "import triton\n\n")
     test()
