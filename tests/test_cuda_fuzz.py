@@ -36,4 +36,4 @@ def test_random_launches():
 
 @pytest.mark.full
 def test_many_random_launches():
-    fuzz(seconds=240)
+    fuzz(seconds=120)
