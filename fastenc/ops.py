@@ -174,7 +174,8 @@ def parts(x: Tensor, weights: Sequence[Tensor], training: bool) -> list[slice] |
     """How to cut a stack so that each part can run in one kernel; None for not at all."""
     forced = _forced.get()
     for backend in _ON_DEVICE.get(x.device.type, []) if forced == "auto" else [BACKENDS[forced]]:
-        if hasattr(backend, "parts") and backend.why_unavailable() is None:
+        by_choice = backend.DEVICE == "cpu"  # GPU kernels take no longer stack, those of the CPU would
+        if hasattr(backend, "parts") and backend.why_unavailable() is None and (forced == "auto" or not by_choice):
             found = backend.parts(x, weights, training)
             return found if len(found) > 1 else None
     return None

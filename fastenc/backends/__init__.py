@@ -5,7 +5,7 @@ A backend module has `NAME`, `DEVICE` (the kind of device whose tensors `auto` g
 cannot take these arguments), and the four operators of `fastenc.ops` without the prefix: `dense_forward`,
 `dense_backward`, `encoder_forward`, `encoder_backward`. It may have
 - `verdict(x, weights, activations, training) -> (chosen, reason)`: whether `auto` should prefer it to eager PyTorch;
-- `parts(x, weights, training) -> list[slice]`: a stack cut into what it runs in one kernel;
+- `parts(x, weights, training) -> list[slice]`: a stack cut into what it runs, or should run, in one kernel;
 - `describe() -> str`: what it runs on in this process.
 """
 
