@@ -5,7 +5,17 @@ import copy
 import opacus
 import pytest
 import torch
-from integrated import Net, assert_as_accurate, count_fused, fused, make, make_x, run_example, unfused_layers
+from integrated import (
+    Net,
+    assert_as_accurate,
+    assert_within,
+    count_fused,
+    fused,
+    make,
+    make_x,
+    run_example,
+    unfused_layers,
+)
 from opacus.grad_sample import GradSampleHooks, GradSampleModule
 from opacus.grad_sample.utils import get_gsm_class
 from torch import nn
@@ -90,6 +100,14 @@ def test_frozen_parameters(registered):
     model.layers[1].bias.requires_grad_(False)
     for actual, expected in zip(by_opacus(model), of_all[1:3], strict=True):
         assert torch.equal(actual, expected)
+
+
+def test_autocast(registered):
+    model = make(lambda: Encoder(6, (8, 4), "gelu"))
+    plain = unfused_layers(model.layers)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = by_opacus(model), by_opacus(plain)
+    assert_within(actual, expected, by_autograd(plain.double(), torch.float64))
 
 
 @pytest.mark.parametrize(

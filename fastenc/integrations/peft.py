@@ -43,7 +43,9 @@ class LoraFusedDense(lora.Linear):
         try:
             super().resolve_lora_variant(config=config, **kwargs)
         except ValueError as error:
-            raise ValueError(f"of LoRA's variants FusedDense takes the plain one ({error})") from None
+            raise ValueError(
+                f"FusedDense takes plain LoRA alone ({error}); for its variants: fastenc.to_plain(model)"
+            ) from None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("adapter_names") is not None:
