@@ -81,7 +81,10 @@ class MultiTask(Pretrained, nn.Module):
         )
 
     def get_config(self) -> dict[str, Any]:
-        return {"encoder": self.encoder.get_config(), "tasks": [[name, asdict(task)] for name, task in self.tasks.items()]}
+        return {
+            "encoder": self.encoder.get_config(),
+            "tasks": [[name, asdict(task)] for name, task in self.tasks.items()],
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MultiTask:

@@ -59,7 +59,7 @@ def fused(model: nn.Module) -> nn.Module:
 
 
 def unfused_layers(layers: Sequence[FusedDense]) -> nn.Sequential:
-    """What the layers mean, of copies of their parameters: nn.Linear and the activation's module, one after the other."""
+    """What the layers mean, with copies of their parameters: nn.Linear and the activation's module in turn."""
     parts: list[nn.Module] = []
     for layer in layers:
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)

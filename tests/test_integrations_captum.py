@@ -97,4 +97,5 @@ def test_gradients_through_encoders(activation):
 
 def test_example():
     names = run_example("captum")
-    assert names["deep_lift"].shape == names["of_layer"].shape[:1] + (16,)
+    assert names["deep_lift"].shape == (4, 16)
+    assert names["of_layer"].shape == (4, 32)

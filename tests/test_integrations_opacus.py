@@ -1,4 +1,4 @@
-"""opacus: gradients of each sample as autograd's, clipping and noise as its own, for FusedDense and for fused models."""
+"""opacus: gradients of each sample are autograd's, for FusedDense and for fused models; steps of DP-SGD are alike."""
 
 import copy
 
@@ -111,11 +111,14 @@ def test_autocast(registered):
 
 
 @pytest.mark.parametrize(
-    "build", [lambda: Classifier(Encoder(6, (8, 4), "silu"), 3), lambda: fastenc.AutoEncoder(Encoder(6, (8, 4), "gelu"))]
+    "build",
+    [lambda: Classifier(Encoder(6, (8, 4), "silu"), 3), lambda: fastenc.AutoEncoder(Encoder(6, (8, 4), "gelu"))],
 )
 def test_models_of_several_stacks(build, registered):
     model = make(build)
-    assert_as_accurate(by_opacus(model), by_autograd, unfused_layers([m for m in model.modules() if type(m) is FusedDense]))
+    assert_as_accurate(
+        by_opacus(model), by_autograd, unfused_layers([m for m in model.modules() if type(m) is FusedDense])
+    )
 
 
 @pytest.mark.parametrize("build", [Net, Scaled, lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))])

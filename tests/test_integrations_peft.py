@@ -5,7 +5,18 @@ import copy
 import peft
 import pytest
 import torch
-from integrated import Net, assert_as_accurate, count_fused, fused, make, make_x, run_example, train, unfused_layers
+from integrated import (
+    Net,
+    assert_as_accurate,
+    assert_within,
+    count_fused,
+    fused,
+    make,
+    make_x,
+    run_example,
+    train,
+    unfused_layers,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -72,17 +83,22 @@ def test_fusing_after_the_adapters():
     assert_as_accurate(train(model, torch.float32), train, expected)
 
 
-def test_other_methods_of_peft_on_fused_models():
-    plain = make(Net)
-    for config in (
+@pytest.mark.parametrize(
+    "config",
+    [
         peft.IA3Config(target_modules=["fc1", "out"], feedforward_modules=["out"], init_ia3_weights=False),
         peft.LoHaConfig(target_modules=["fc1"], r=2, init_weights=False),
         LoraConfig(target_modules=["fc2"], r=2, init_lora_weights=False, use_dora=True),
         LoraConfig(target_modules=[], target_parameters=["fc1.weight"], r=2, init_lora_weights=False),
-    ):
-        model, expected = (make(lambda m=m: get_peft_model(copy.deepcopy(m), config)) for m in (fused(plain), plain))
-        assert_as_accurate(train(model, torch.float32), train, expected)
-        assert_as_accurate(outputs(model, torch.float32), outputs, model.merge_and_unload())
+    ],
+    ids=["IA3", "LoHa", "DoRA", "LoRA of a parameter"],
+)
+def test_other_methods_of_peft_on_fused_models(config):
+    plain = make(Net)
+    model, expected = (make(lambda m=m: get_peft_model(copy.deepcopy(m), config)) for m in (fused(plain), plain))
+    assert_as_accurate(train(model, torch.float32), train, expected)
+    exact = outputs(copy.deepcopy(model).double(), torch.float64)
+    assert_within(outputs(model.merge_and_unload(), torch.float32), outputs(model, torch.float32), exact)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -151,7 +167,12 @@ def test_several_adapters():
     sides = []
     for m, targets in ((model, OF_CLASSIFIER), (unfused(model), OF_PLAIN)):
         side = adapted(m, targets)
-        make(lambda s=side, t=targets: s.add_adapter("second", register(LoraConfig(r=3, target_modules=t[:1], init_lora_weights=False))), 1)
+        make(
+            lambda s=side, t=targets: s.add_adapter(
+                "second", register(LoraConfig(r=3, target_modules=t[:1], init_lora_weights=False))
+            ),
+            1,
+        )
         sides.append(side)
     actual, expected = sides
     for names in ("second", "default", ["default", "second"]):
@@ -173,7 +194,7 @@ def test_saved_and_loaded(tmp_path):
     trained = adapted(model, ["layers.0"], modules_to_save=["head"])
     train(trained, torch.float32)
     trained.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="FusedDense.* is not supported"):
+    with pytest.raises(ValueError, match=r"FusedDense.* is not supported"):
         PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
     loaded = PeftModel.from_pretrained(model, tmp_path, config=register(LoraConfig.from_pretrained(tmp_path)))
     assert torch.equal(loaded(make_x()), trained(make_x()))
@@ -181,11 +202,14 @@ def test_saved_and_loaded(tmp_path):
 
 def test_what_is_not_for_fused_dense_says_so():
     model = make_classifier()
-    with pytest.raises(ValueError, match="FusedDense.* is not supported"):
+    with pytest.raises(ValueError, match=r"FusedDense.* is not supported"):
         get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=OF_CLASSIFIER))
     with pytest.raises(ValueError, match=r"FusedDense takes plain LoRA alone.*use_dora.*fastenc\.to_plain"):
         adapted(model, OF_CLASSIFIER, use_dora=True)
-    for config in (peft.IA3Config(target_modules=["head"], feedforward_modules=[]), peft.LoHaConfig(target_modules=["head"])):
+    for config in (
+        peft.IA3Config(target_modules=["head"], feedforward_modules=[]),
+        peft.LoHaConfig(target_modules=["head"]),
+    ):
         with pytest.raises((ValueError, TypeError), match="not supported"):
             get_peft_model(copy.deepcopy(model), config)
     with pytest.raises(ValueError, match="set_adapter instead of adapter_names"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchinfo
-from integrated import Net, assert_within, count_fused, fused, make, make_x, run_example, unfused_layers
+from integrated import Net, assert_within, count_fused, make, make_x, run_example, unfused_layers
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -120,7 +120,9 @@ def test_torchinfo(build):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("title", ["torchinfo", "torch.profiler", "Activation checkpointing", "Ensembles by torch.func"])
+@pytest.mark.parametrize(
+    "title", ["torchinfo", "torch.profiler", "Activation checkpointing", "Ensembles by torch.func"]
+)
 def test_example(title, capsys):
     run_example(title)
     output = capsys.readouterr().out
