@@ -212,8 +212,8 @@ def test_what_is_not_for_fused_dense_says_so():
     ):
         with pytest.raises((ValueError, TypeError), match="not supported"):
             get_peft_model(copy.deepcopy(model), config)
+    layer = adapted(model, OF_CLASSIFIER).base_model.model.head
     with pytest.raises(ValueError, match="set_adapter instead of adapter_names"):
-        layer = adapted(model, OF_CLASSIFIER).base_model.model.head
         layer(torch.rand(2, 5), adapter_names=["default", "default"])
 
 

@@ -1,4 +1,4 @@
-"""What comes with PyTorch, and torchinfo: the profiler, activation checkpointing, ensembles by torch.func, summaries."""
+"""What comes with PyTorch, and torchinfo: profiler, activation checkpointing, ensembles by torch.func, summaries."""
 
 import pytest
 import torch
