@@ -177,8 +177,8 @@ def test_heavy_packages_wait_until_needed():
             for name, _ in imports(statement, package_of(path)):
                 if name.split(".")[0] in HEAVY:
                     found.add((module, name.split(".")[0]))
-    # The command line's commands are declared when it is imported, the estimators are scikit-learn's subclasses, and what
-    # is for another package needs it; all of them, as the kernels, are imported when they are asked for.
+    # The command line's commands are declared when it is imported, the estimators are scikit-learn's subclasses, and
+    # integrations are of a package; all of them, as the kernels, are imported when they are asked for.
     integrations = {("integrations", "opacus"), ("integrations", "peft")}
     assert found == {("cli", "typer"), ("kernels", "triton"), ("sklearn", "sklearn"), *integrations}
 
