@@ -15,6 +15,8 @@ ENV_PYTHON := $(VENV)/bin/python
 PIP := PATH="$(abspath $(VENV)/bin):$$PATH" $(ENV_PYTHON) -m pip --disable-pip-version-check --quiet
 BUILD := build/$(notdir $(VENV))
 TORCH_STAMP := $(VENV)/stamp-$(subst /,_,$(subst $() ,_,$(TORCH)))
+# Whatever is installed later leaves torch as it is.
+CONSTRAINT := $(VENV)/torch.txt
 CXX_FILES := $(sort $(foreach end,h cpp cuh cu,$(wildcard csrc/*.$(end) csrc/*/*.$(end))))
 # All tests: in several processes, each file in one of them, with one thread where a test does not ask for more.
 # Some tests, by ARGS: in one process, where -s and --pdb work.
@@ -46,10 +48,10 @@ help:
 demo: $(BUILD)/built
 	$(ENV_PYTHON) examples/digits.py $(ARGS)
 
-test: $(BUILD)/built $(VENV)/stamp-test
+test: $(BUILD)/built $(VENV)/stamp-test $(VENV)/stamp-tools
 	$(PYTEST)
 
-test-full: $(BUILD)/built $(VENV)/stamp-test
+test-full: $(BUILD)/built $(VENV)/stamp-test $(VENV)/stamp-tools
 	$(PYTEST) -m "not brief"
 
 test-smoke: $(BUILD)/built $(VENV)/stamp-test
@@ -109,7 +111,8 @@ $(TORCH_STAMP): | $(ENV_PYTHON)
 # Only what is needed to import fastenc from here; the extension is built in the next step, where its output can be seen.
 $(VENV)/stamp-%: pyproject.toml $(TORCH_STAMP)
 	@echo "fastenc: installing fastenc[$*] into $(VENV), importing from this folder"
-	@FASTENC_EXTENSION=0 $(PIP) install --no-compile --no-build-isolation -e ".[$*]"
+	@$(ENV_PYTHON) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >$(CONSTRAINT)
+	@FASTENC_EXTENSION=0 $(PIP) install --no-compile --no-build-isolation -c $(CONSTRAINT) -e ".[$*]"
 	@touch "$@"
 
 $(BUILD)/built: setup.py pyproject.toml $(CXX_FILES) $(VENV)/stamp-app

@@ -60,7 +60,7 @@ class Encoder(Pretrained, nn.Module):
     def out_features(self) -> int:
         return self.widths[-1]
 
-    def config(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON can hold them."""
         return {
             "in_features": self.in_features,
@@ -190,8 +190,8 @@ class AutoEncoder(Pretrained, nn.Module):
             dtype=first.weight.dtype,
         )
 
-    def config(self) -> dict[str, Any]:
-        return {"encoder": self.encoder.config(), "final_activation": self.decoder.final_activation}
+    def get_config(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.get_config(), "final_activation": self.decoder.final_activation}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> AutoEncoder:
@@ -231,8 +231,8 @@ class Classifier(_Head):
     def __init__(self, encoder: Encoder, num_classes: int) -> None:
         super().__init__(encoder, num_classes)
 
-    def config(self) -> dict[str, Any]:
-        return {"encoder": self.encoder.config(), "num_classes": self.head.out_features}
+    def get_config(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.get_config(), "num_classes": self.head.out_features}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Classifier:
@@ -245,8 +245,8 @@ class Regressor(_Head):
     def __init__(self, encoder: Encoder, num_outputs: int) -> None:
         super().__init__(encoder, num_outputs)
 
-    def config(self) -> dict[str, Any]:
-        return {"encoder": self.encoder.config(), "num_outputs": self.head.out_features}
+    def get_config(self) -> dict[str, Any]:
+        return {"encoder": self.encoder.get_config(), "num_outputs": self.head.out_features}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Regressor:

@@ -181,7 +181,10 @@ def fused_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, activatio
     act = get_activation(activation)
     traced = _traced_by()
     if traced is None and not x.is_cuda and (operators := ops.everyday()):
-        return operators.dense.default(x, weight, bias, activation_code(activation))
+        try:
+            return operators.dense.default(x, weight, bias, activation_code(activation))
+        except NotImplementedError:  # of a tensor that takes part in F.linear alone, as quantised weights do
+            pass
     if traced == "operators" and _fits(x, weight, bias):
         x, weight, bias = _autocast(x, weight, bias)
         out, _ = torch.ops.fastenc.dense_forward(
@@ -240,7 +243,10 @@ def encoder(
     dropouts = dropouts if dropouts is not None else (0.0,) * len(weights)
     traced = _traced_by()
     if traced is None and not drops and not x.is_cuda and (operators := ops.everyday()):
-        return operators.encoder.default(x, weights, biases, activation_codes(activations))
+        try:
+            return operators.encoder.default(x, weights, biases, activation_codes(activations))
+        except NotImplementedError:  # as in fused_dense
+            pass
     if (
         traced is None
         and x.dim() > 0

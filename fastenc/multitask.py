@@ -80,8 +80,11 @@ class MultiTask(Pretrained, nn.Module):
             }
         )
 
-    def config(self) -> dict[str, Any]:
-        return {"encoder": self.encoder.config(), "tasks": [[name, asdict(task)] for name, task in self.tasks.items()]}
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "encoder": self.encoder.get_config(),
+            "tasks": [[name, asdict(task)] for name, task in self.tasks.items()],
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MultiTask:

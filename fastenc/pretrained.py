@@ -31,15 +31,15 @@ class ModelFileError(ValueError):
 
 
 class Pretrained:
-    """Mixin for `nn.Module`s with `config()` (JSON) and `from_config`, which saves them to a folder and loads them.
+    """Mixin for `nn.Module`s with `get_config()` (JSON) and `from_config`, which saves them to a folder and loads them.
 
     All state must be in parameters and persistent buffers, because a loaded model is built without memory and then
     given the saved tensors.
     """
 
-    def config(self) -> dict[str, Any]:
+    def get_config(self) -> dict[str, Any]:
         """What `from_config` needs to build this model again, as JSON can hold it."""
-        raise NotImplementedError(f"{type(self).__name__} needs a config() to be saved")
+        raise NotImplementedError(f"{type(self).__name__} needs a get_config() to be saved")
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Any:
@@ -67,7 +67,7 @@ class Pretrained:
         record = {
             "format_version": FORMAT_VERSION,
             "class": type(self).__name__,
-            "config": self.config(),
+            "config": self.get_config(),
             "preprocessing": preprocessing,
             "tied": tied,
             "tensors_sha256": tensors_digest(tensors),
@@ -201,7 +201,7 @@ def _damaged(path: Path, why: object) -> ModelFileError:
 def _check_config(model: Any, tensors: dict[str, Tensor]) -> None:
     """Refuse to write what could not be loaded: a model that was changed after it was built."""
     with torch.device("meta"):
-        rebuilt = type(model).from_config(model.config())
+        rebuilt = type(model).from_config(model.get_config())
     if difference := _difference(rebuilt.state_dict(), tensors):
         raise ModelFileError(
             f"this {type(model).__name__} is no longer what its config describes: {difference}; "

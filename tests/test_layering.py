@@ -23,6 +23,7 @@ LAYERS = (
         "cli",
         "evaluation",
         "info",
+        "integrations",
         "labelled",
         "pipeline",
         "plots",
@@ -44,16 +45,25 @@ EXTENSIONS = {"_C", "_C_cuda"}
 # Knows nothing of fastenc; only these layers know it.
 DATA, ABOVE_DATA = "data", LAYERS[0] | LAYERS[1] | LAYERS[2]
 
-# Each import of them costs a noticeable part of a second, and only the extras `app` and `track` bring them.
+# Each import of them costs a noticeable part of a second, and only the extras `app`, `track` and `tools` bring them.
 HEAVY = {
+    "accelerate",
+    "captum",
+    "lightning",
     "matplotlib",
     "mlflow",
+    "opacus",
     "pandas",
+    "peft",
     "pyarrow",
     "scipy",
     "sklearn",
+    "skorch",
     "tensorboard",
+    "torchao",
+    "torchinfo",
     "tqdm",
+    "transformers",
     "triton",
     "typer",
     "wandb",
@@ -168,8 +178,13 @@ def test_heavy_packages_wait_until_needed():
                 if name.split(".")[0] in HEAVY:
                     found.add((module, name.split(".")[0]))
     # The command line's commands are declared when it is imported, the estimators are scikit-learn's subclasses, and
-    # both, as the kernels, are imported when they are asked for.
-    assert found == {("cli", "typer"), ("kernels", "triton"), ("sklearn", "sklearn")}
+    # integrations are of a package; all of them, as the kernels, are imported when they are asked for.
+    integrations = {("integrations", "opacus"), ("integrations", "peft")}
+    assert found == {("cli", "typer"), ("kernels", "triton"), ("sklearn", "sklearn"), *integrations}
+
+
+def test_integrations_are_imported_by_name_alone():
+    assert not any(target == "integrations" for _, path in sources() for target, _ in inside(path))
 
 
 def test_the_kernels_wait_until_needed():

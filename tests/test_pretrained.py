@@ -33,7 +33,7 @@ MODELS = {
 
 def assert_same(loaded: nn.Module, saved: nn.Module) -> None:
     assert type(loaded) is type(saved)
-    assert loaded.config() == saved.config()
+    assert loaded.get_config() == saved.get_config()
     loaded_state, saved_state = loaded.state_dict(), saved.state_dict()
     assert list(loaded_state) == list(saved_state)
     for name, tensor in saved_state.items():
@@ -107,7 +107,7 @@ def test_preprocessing_comes_back_and_goes(tmp_path):
     model.save_pretrained(tmp_path, preprocessing=preprocessing)
     assert load_preprocessing(tmp_path) == preprocessing
     assert json.loads((tmp_path / "preprocessing.json").read_text()) == preprocessing
-    assert json.loads((tmp_path / "config.json").read_text()) == {"class": "Encoder", **model.config()}
+    assert json.loads((tmp_path / "config.json").read_text()) == {"class": "Encoder", **model.get_config()}
     model.save_pretrained(tmp_path)
     assert load_preprocessing(tmp_path) is None
     assert not (tmp_path / "preprocessing.json").exists()

@@ -18,6 +18,8 @@ from . import stack
 NAME = "reference"
 DEVICE = None
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 def why_unavailable() -> str | None:
     return None
@@ -25,6 +27,8 @@ def why_unavailable() -> str | None:
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     """Why not these arguments, in words; None if they will do. What F.linear takes beyond them is left to it."""
+    if type(weight) not in _PLAIN:
+        return f"weight is of a class of its own, {type(weight).__name__}, which may take part in F.linear alone"
     if x.dim() != 2 or weight.dim() != 2:
         return f"x and weight must have 2 dimensions; they are {tuple(x.shape)} and {tuple(weight.shape)}"
     return None
