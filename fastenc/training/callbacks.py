@@ -46,6 +46,7 @@ class Callback:
     """
 
     trainer: Trainer
+    writes = False  # whether it is for one process alone, where several train together
 
     @property
     def inside_steps(self) -> bool:

@@ -74,10 +74,13 @@ class Fit:
         self.callbacks = callbacks
         self.resumed = resumed
         self.position = Position(start=trainer.update.steps.taken)
+        self._share = trainer.share
         self._whole = self._make_whole()
         self._step_by_step: str | None = trainer.update.ordinary
         if not isinstance(train, Rows):
             self._step_by_step = "the data comes from a Dataset or DataLoader"
+        if self._share is not None:
+            self._step_by_step = self._share.explanation
         self._schedules = [callback for callback in callbacks if isinstance(callback, Schedule)]
         self._check_rates()
         for schedule in self._schedules:
@@ -94,6 +97,8 @@ class Fit:
     def run(self) -> None:
         """All epochs, within the Trainer's random numbers and in training mode."""
         trainer, begun = self.trainer, []
+        if self._share is not None:
+            self._share.begin(self, self.epochs)
         try:
             for callback in self.callbacks:
                 begun.append(callback)
@@ -109,10 +114,17 @@ class Fit:
         finally:
             for callback in begun:
                 callback.on_train_end()
-            del self.train, self.validation, self._whole  # the Trainer keeps this fit, and need not keep its data
+            del (
+                self.train,
+                self.validation,
+                self._whole,
+                self._share,
+            )  # the Trainer keeps this fit, and need not keep its data
 
     def run_once(self) -> float:
         """One pass over the rows, without callbacks; its mean loss."""
+        if self._share is not None:
+            self._share.begin(self, 0)
         with self._guarded():
             return self._train_epoch(0)
 
@@ -121,6 +133,8 @@ class Fit:
         for callback in self.callbacks:
             callback.on_epoch_begin(epoch)
         logs = {"loss": self._train_epoch(epoch)}
+        if self._share is not None:
+            self._share.copy_buffers()
         good.take()
         if trainer.metrics:
             logs.update(training_metrics(trainer, self.train))
@@ -133,6 +147,8 @@ class Fit:
         position.epoch, position.step, position.losses, position.random = epoch + 1, 0, [], None
         for callback in self.callbacks:
             callback.on_epoch_end(epoch, logs)
+        if self._share is not None:
+            trainer.stop_training = self._share.processes.any(trainer.stop_training)
 
     @contextmanager
     def _guarded(self) -> Iterator[Snapshot]:
@@ -154,7 +170,7 @@ class Fit:
 
     def _make_whole(self) -> EngineSteps | WholeSteps | None:
         recorder = self.trainer.recorder
-        if not isinstance(self.train, Rows) or self.trainer.update.ordinary:
+        if not isinstance(self.train, Rows) or self.trainer.update.ordinary or self._share is not None:
             return None
         if reason := recorder.why_not(self.train.x.device):
             watchful = any(type(callback) is not Progress for callback in self.callbacks)
@@ -163,7 +179,7 @@ class Fit:
 
     def _train_epoch(self, epoch: int) -> float:
         """Train one epoch, or what is left of it; its mean loss over the rows."""
-        trainer, train, whole, model = self.trainer, self.train, self._whole, self.trainer.model
+        trainer, train, whole, share, model = self.trainer, self.train, self._whole, self._share, self.trainer.model
         first = self.position.step
         update = self._update()
         before_step, after_step = self._hooks(first)
@@ -171,6 +187,9 @@ class Fit:
             order = self._order(train, first, keep=after_step is not None)
             if first * self.batch_size >= len(train):  # saved after the epoch's last step
                 losses, counts = torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
+            elif share is not None:
+                batches = share.training_batches(train, self.batch_size, order)
+                losses, counts = share.train(trainer.batch_loss, update, batches, after_step, before_step)
             elif whole is None or (first > 0 and isinstance(whole, WholeSteps)):
                 losses, counts = train_rows(
                     model, trainer.loss_function, update, train, order, self.batch_size, after_step, before_step
@@ -181,7 +200,11 @@ class Fit:
             if trainer.metrics:
                 trainer.metrics.reset(train.device)
             loss = trainer.measured_loss if trainer.metrics else trainer.checked_loss
-            losses, counts = train_batches(model, loss, update, train.batches(), after_step, before_step)
+            if share is None:
+                losses, counts = train_batches(model, loss, update, train.batches(), after_step, before_step)
+            else:
+                batches = share.training_batches(train, self.batch_size)
+                losses, counts = share.train(loss, update, batches, after_step, before_step)
         losses = losses.double().cpu()
         if first > 0:
             losses, counts = self._with_those_before(losses, counts, first)
@@ -229,7 +252,7 @@ class Fit:
         """What to call before and after each step, for callbacks that have work there."""
         trainer, position = self.trainer, self.position
         listeners = [callback for callback in self.callbacks if callback.inside_steps]
-        if not listeners:
+        if not listeners and not (self._share is not None and self._share.watched):
             return None, None
 
         def before_step(step: int) -> None:

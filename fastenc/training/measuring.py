@@ -24,26 +24,34 @@ def measure(
 ) -> dict[str, float]:
     """What `Trainer.evaluate` gives, of checked data."""
     model, metrics, by_labels = trainer.model, trainer.metrics, trainer.loss == "cross_entropy"
-    count = 0
+    share, count = trainer.share, 0
     total = correct = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
     for callback in callbacks:
         callback.on_test_begin()
     metrics.reset(total.device)
     with mode(model, training=False), torch.inference_mode():
-        for x, target in source.batches(batch_size):
+        batches = source.batches(batch_size) if share is None else share.batches(source, batch_size)
+        for x, target in batches:
             output = model(x)
             if isinstance(source, Stream):
                 target = fit_target(target, output, trainer.loss, f"the target in {source.name}")
-            count += len(x)
-            total = total + trainer.loss_function(output, target).double() * len(x)
+            rows = len(x) if share is None else share.rows
+            loss = trainer.batch_loss(output, target)
+            if metrics:
+                metrics.update(output, target, share)
+            if rows == 0:  # of a batch smaller than the number of processes
+                continue
+            count += rows
+            total = total + loss.double() * rows
             if by_labels:
                 labels = target if target.ndim < output.ndim else target.argmax(1)
-                correct = correct + (output.argmax(1) == labels).double().mean() * len(x)
-            if metrics:
-                metrics.update(output, target)
-    results = {"loss": float(total) / count}
+                correct = correct + (output.argmax(1) == labels).double().mean() * rows
+    sums = [float(total), float(correct), count]
+    if share is not None:
+        sums = share.total(sums)
+    results = {"loss": sums[0] / sums[2]}
     if by_labels:
-        results["accuracy"] = float(correct) / count
+        results["accuracy"] = sums[1] / sums[2]
     if metrics:
         results.update(metrics.compute())
     for callback in callbacks:

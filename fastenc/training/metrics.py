@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .sharing import Share
 
 
 class Metrics:
@@ -48,8 +51,8 @@ class Metrics:
                 metric.to(device)
             metric.reset()
 
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """See a batch.
+    def update(self, prediction: Tensor, target: Tensor, share: Share | None = None) -> None:
+        """See a batch, or this process's share of it and by it the whole; torchmetrics adds up over processes itself.
 
         Raises:
             TypeError: the model gives something else than one tensor.
@@ -58,10 +61,16 @@ class Metrics:
             raise TypeError(
                 f"the model gives a {type(prediction).__name__}, and metrics need one tensor; leave them out"
             )
+        own = whole = (prediction.detach(), target)
+        if share is not None:
+            own = (share.own(own[0]), share.own(target))
+            whole = (share.whole(prediction.detach()), share.whole(target))
         for metric in self._running:
-            metric.update(prediction.detach(), target)
+            seen = own if _adds_up_itself(metric) else whole
+            if len(seen[0]):
+                metric.update(*seen)
         if len(self._running) < len(self._metrics):
-            self._seen.append((prediction.detach().cpu(), target.cpu().clone()))  # a batch's memory is used again
+            self._seen.append((whole[0].cpu(), whole[1].cpu().clone()))  # a batch's memory is used again
 
     def compute(self) -> dict[str, float]:
         """name -> number, over all batches since `reset`.
@@ -87,6 +96,11 @@ class Metrics:
 def _is_running(metric: Any) -> bool:
     """Whether it is a torchmetrics object, or works as one."""
     return all(callable(getattr(metric, method, None)) for method in ("update", "compute", "reset"))
+
+
+def _adds_up_itself(metric: Any) -> bool:
+    """Whether `compute` is over all processes."""
+    return any(kind.__module__.partition(".")[0] == "torchmetrics" for kind in type(metric).__mro__)
 
 
 def _named(metrics: Iterable[Any]) -> list[tuple[str, Any]]:

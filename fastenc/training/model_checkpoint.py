@@ -47,6 +47,8 @@ class ModelCheckpoint(Callback):
         OSError: a save failed; the checkpoints there are as they were.
     """
 
+    writes = True
+
     def __init__(
         self,
         folder: str | os.PathLike[str],

@@ -11,6 +11,8 @@ from .callbacks import Callback
 class Progress(Callback):
     """A tqdm bar over the epochs with the latest numbers, on stderr; without tqdm, one line for each epoch."""
 
+    writes = True
+
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
         self._bar: Any = None

@@ -28,9 +28,9 @@ class RandomNumbers:
         if self.seed is None:
             yield
             return
-        generators = _generators(device)
-        before = [generator.get_state() for generator in generators]
-        for index, generator in enumerate(generators):
+        used = generators(device)
+        before = [generator.get_state() for generator in used]
+        for index, generator in enumerate(used):
             if self._own is None:
                 generator.manual_seed(self.seed)
             else:
@@ -40,8 +40,8 @@ class RandomNumbers:
             yield
         finally:
             self._used = False
-            self._own = [generator.get_state() for generator in generators]
-            for generator, state in zip(generators, before, strict=True):
+            self._own = [generator.get_state() for generator in used]
+            for generator, state in zip(used, before, strict=True):
                 generator.set_state(state)
 
     def state(self, device: torch.device) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class RandomNumbers:
         version, numbers, gauss = random.getstate()
         live = self._used or self.seed is None
         return {
-            "torch": [generator.get_state() for generator in _generators(device)] if live else self._own,
+            "torch": [generator.get_state() for generator in generators(device)] if live else self._own,
             "python": (version, torch.tensor(numbers, device="cpu"), gauss),
             "numpy": (kind, torch.tensor(np.asarray(keys).tolist(), device="cpu"), *others),
         }
@@ -58,7 +58,7 @@ class RandomNumbers:
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from what `state` gave; a GPU's numbers are left where there are none of this device in it."""
         if self._used or self.seed is None:
-            for generator, own in zip(_generators(device), state["torch"] or (), strict=False):
+            for generator, own in zip(generators(device), state["torch"] or (), strict=False):
                 generator.set_state(own)
         else:
             self._own = state["torch"]
@@ -68,10 +68,10 @@ class RandomNumbers:
         np.random.set_state((kind, keys.numpy().astype(np.uint32), *others))
 
 
-def _generators(device: torch.device) -> list[Generator]:
+def generators(device: torch.device) -> list[Generator]:
     """PyTorch's global generators that work on `device` draws from: the CPU's, which also shuffles, and its own."""
-    generators = [torch.default_generator]
+    used = [torch.default_generator]
     if device.type == "cuda":
         torch.cuda.init()
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    return generators
+        used.append(torch.cuda.default_generators[device.index or 0])
+    return used

@@ -24,6 +24,8 @@ class CSVLogger(Callback):
         ValueError: a file to go on in has other columns.
     """
 
+    writes = True
+
     def __init__(self, path: str | os.PathLike[str], append: bool = False) -> None:
         self.path = Path(path)
         self.append = append
@@ -55,6 +57,8 @@ class CSVLogger(Callback):
 class TensorBoard(Callback):
     """Scalars for TensorBoard, one of each name for each epoch, in a new event file in `folder`."""
 
+    writes = True
+
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = os.fspath(folder)
         self._writer: Any = None
@@ -81,6 +85,8 @@ class WandB(Callback):
         options: of `wandb.init`: project, name, mode="offline", dir, config and others. A run that is open already is
             logged to, and left open.
     """
+
+    writes = True
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -113,6 +119,8 @@ class MLflow(Callback):
     Attributes:
         run_id: of the latest run.
     """
+
+    writes = True
 
     def __init__(
         self,

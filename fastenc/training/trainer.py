@@ -17,6 +17,7 @@ from fastenc.data import DataError
 from .augmented import Augment, augmented
 from .callbacks import Callback, History
 from .checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from .distributed import Processes, is_first, own_device
 from .find_lr import LearningRates, find_rates
 from .fitting import Fit
 from .losses import LossFunction, fit_target, get_loss
@@ -29,6 +30,7 @@ from .progress import Progress, wants_progress
 from .recorder import CudaRecorder
 from .rng import RandomNumbers
 from .schedules import ScheduleLike, make_schedule
+from .sharing import Share, together
 from .sources import Rows, Stream, is_stream, make_rows, make_stream
 from .update import Update
 from .weights import mode
@@ -77,6 +79,9 @@ class Trainer:
     On the CPU a C++ engine takes whole steps of the encoders and heads of this package where nothing asks for more; on
     a GPU the step of a full batch is replayed from a CUDA graph where it can be: see `explain` and docs/gpu.md.
 
+    Under torchrun all processes take the same calls with the same data, and share the work of `fit`, `partial_fit` and
+    `evaluate`: see docs/distributed.md.
+
     Raises:
         ValueError: an unknown name, a negative or NaN option, or one that does not go with the others.
     """
@@ -103,7 +108,7 @@ class Trainer:
     ) -> None:
         self.loss_function = get_loss(loss)
         self.loss = loss
-        self.model = model if device is None else model.to(device)
+        self.model = model if device is None else model.to(own_device(device))
         self.optimizer = make_optimizer(optimizer, model.parameters(), lr, weight_decay, momentum, nesterov)
         self.schedule = make_schedule(schedule)
         if self.schedule and callable(lr):
@@ -126,7 +131,10 @@ class Trainer:
         self.random_numbers = RandomNumbers(seed)
         self.recorder = CudaRecorder()
         self.how = "no fit was started"
+        self.processes: Processes | None = None
+        self.share: Share | None = None  # within what several processes do together
 
+    @together
     def fit(
         self,
         x: Any,
@@ -178,9 +186,10 @@ class Trainer:
                 train = augmented(train, augment, self.model, self.loss)
         callbacks = [*self.schedule, *callbacks, *([Progress(epochs)] if wants_progress(verbose) else [])]
         callbacks.sort(key=lambda callback: isinstance(callback, ModelCheckpoint))  # they save what the others know
+        callbacks = [callback for callback in callbacks if is_first() or not callback.writes]
         for callback in callbacks:
             callback.trainer = self
-        resumed = None if resume is None else Checkpoint.read(latest_checkpoint(resume))
+        resumed = None if resume is None else self._read(resume)
         fit = Fit(
             self,
             train,
@@ -200,6 +209,7 @@ class Trainer:
             fit.run()
         return self.history
 
+    @together
     def partial_fit(self, x: Any, y: Any = None, *, batch_size: int | None = None) -> float:
         """One pass over rows of a stream, in one step or in steps of `batch_size` rows, in their order.
 
@@ -231,18 +241,21 @@ class Trainer:
         Raises:
             CheckpointError, OSError: it cannot be saved; the message says why.
         """
-        save_checkpoint(self, folder, preprocessing=preprocessing)
+        if is_first():
+            save_checkpoint(self, folder, preprocessing=preprocessing)
 
+    @together
     def load_checkpoint(self, folder: str | os.PathLike[str]) -> None:
         """Go on from what `save_checkpoint` wrote, without a fit: callbacks are left out.
 
         Raises:
             CheckpointError: as `fit`.
         """
-        checkpoint = Checkpoint.read(latest_checkpoint(folder))
+        checkpoint = self._read(folder)
         checkpoint.check(self, None)
         checkpoint.apply(self, None)
 
+    @together
     def find_lr(
         self,
         x: Any,
@@ -270,8 +283,12 @@ class Trainer:
         if not isinstance(train, Rows):
             raise DataError("find_lr needs arrays, and x is a Dataset or DataLoader; give it some of the rows")
         with self._training():
+            if self.share is not None:
+                self.share.agree_on(train)
+                self.share.copy_from_first()
             return find_rates(self, train, batch_size, lowest, highest, steps)
 
+    @together
     def evaluate(
         self, x: Any, y: Any = None, *, batch_size: int = EVALUATION_ROWS, callbacks: Sequence[Callback] = ()
     ) -> dict[str, float]:
@@ -280,7 +297,10 @@ class Trainer:
         for callback in callbacks:
             callback.trainer = self
         with self.autocast():
-            return measure(self, self._source(x, y, ("x", "y"), batch_size, False), batch_size, callbacks)
+            source = self._source(x, y, ("x", "y"), batch_size, False)
+            if self.share is not None:
+                self.share.agree_on(source)
+            return measure(self, source, batch_size, callbacks)
 
     def predict(self, x: Any, *, batch_size: int = EVALUATION_ROWS) -> Any:
         """The model's output for each row of x, in eval mode, without gradients.
@@ -302,14 +322,24 @@ class Trainer:
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self._parameter().device.type, dtype)
 
+    def batch_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss of a batch, or of this process's share of it."""
+        return self.loss_function(output, target) if self.share is None else self.share.loss(output, target)
+
     def checked_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return self.loss_function(output, fit_target(target, output, self.loss, "the target"))
+        return self.batch_loss(output, fit_target(target, output, self.loss, "the target"))
 
     def measured_loss(self, output: Tensor, target: Tensor) -> Tensor:
         """As `checked_loss`, and the metrics see the batch."""
         target = fit_target(target, output, self.loss, "the target")
-        self.metrics.update(output, target)
-        return self.loss_function(output, target)
+        self.metrics.update(output, target, self.share)
+        return self.batch_loss(output, target)
+
+    def _read(self, folder: str | os.PathLike[str]) -> Checkpoint:
+        def read() -> Checkpoint:
+            return Checkpoint.read(latest_checkpoint(folder))
+
+        return read() if self.share is None else self.share.processes.from_first(read)
 
     def _outputs(self, function: Callable[[Tensor], Tensor], x: Any, batch_size: int) -> Any:
         _check_count("batch_size", batch_size)
