@@ -190,7 +190,7 @@ def _join() -> None:
         dist.init_process_group()
     except (RuntimeError, ValueError) as error:
         raise ProcessesError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the other processes cannot be joined "
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the others cannot be joined "
             f"({str(error).splitlines()[0]}); start the program with torchrun, or unset WORLD_SIZE"
         ) from error
     atexit.register(_leave)

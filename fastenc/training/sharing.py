@@ -86,7 +86,6 @@ class Share:
             "epochs": epochs,
             "batch_size": fit.batch_size,
             "shuffle": fit.shuffle,
-            "resume": fit.resumed is not None,
             "validation data": validation is not None,
         }
         self.watched = any(self._agree(asked, {"x and y": train, "the validation data": validation}, inside))

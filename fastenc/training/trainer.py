@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ from .sharing import Share, together
 from .sources import Rows, Stream, is_stream, make_rows, make_stream
 from .update import Update
 from .weights import mode
+
+T = TypeVar("T")
 
 
 class Trainer:
@@ -189,7 +191,7 @@ class Trainer:
         callbacks = [callback for callback in callbacks if is_first() or not callback.writes]
         for callback in callbacks:
             callback.trainer = self
-        resumed = None if resume is None else self._read(resume)
+        resumed = self._from_first(lambda: None if resume is None else Checkpoint.read(latest_checkpoint(resume)))
         fit = Fit(
             self,
             train,
@@ -251,7 +253,7 @@ class Trainer:
         Raises:
             CheckpointError: as `fit`.
         """
-        checkpoint = self._read(folder)
+        checkpoint = self._from_first(lambda: Checkpoint.read(latest_checkpoint(folder)))
         checkpoint.check(self, None)
         checkpoint.apply(self, None)
 
@@ -335,10 +337,8 @@ class Trainer:
         self.metrics.update(output, target, self.share)
         return self.batch_loss(output, target)
 
-    def _read(self, folder: str | os.PathLike[str]) -> Checkpoint:
-        def read() -> Checkpoint:
-            return Checkpoint.read(latest_checkpoint(folder))
-
+    def _from_first(self, read: Callable[[], T]) -> T:
+        """What `read` gives here, or on process 0 of several, whose folders the others need not see."""
         return read() if self.share is None else self.share.processes.from_first(read)
 
     def _outputs(self, function: Callable[[Tensor], Tensor], x: Any, batch_size: int) -> Any:
