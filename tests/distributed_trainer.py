@@ -217,7 +217,7 @@ def bad_input(folder: Path) -> dict[str, str]:
     found["other batch_size"] = message(lambda: trainer().fit(x, batch_size=16 + rank(), verbose=False))
     found["small batch_size"] = message(lambda: trainer().fit(x, batch_size=1, verbose=False))
     found["small loader"] = message(lambda: trainer().fit(DataLoader(TensorDataset(x)), verbose=False))
-    found["other model"] = message(lambda: trainer(Encoder(6, (5, 6 + rank()))).fit(x, x[:, :6], verbose=False))
+    found["other model"] = message(lambda: trainer(Encoder(6, (5 + rank(), 6))).fit(x, verbose=False))
     found["other batches"] = message(lambda: trainer().fit(Unequal(), verbose=False))
     found["sampler"] = message(
         lambda: trainer().fit(

@@ -144,9 +144,9 @@ class Processes:
             yield
         except RuntimeError as error:
             raise ProcessesError(
-                f"process {self.rank} of {self.count} has lost the others ({str(error).splitlines()[0]}); one of them "
-                "has ended, and its own message tells why: start the job again, with fit(resume=...) to go on from "
-                "the latest checkpoint"
+                f"process {self.rank} of {self.count} has lost the others ({_first_sentence(error)}); one of them has "
+                "ended or failed, and its own message tells why: start the job again, with fit(resume=...) to go on "
+                "from the latest checkpoint"
             ) from error
 
 
@@ -191,7 +191,7 @@ def _join() -> None:
     except (RuntimeError, ValueError) as error:
         raise ProcessesError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and the others cannot be joined "
-            f"({str(error).splitlines()[0]}); start the program with torchrun, or unset WORLD_SIZE"
+            f"({_first_sentence(error)}); start the program with torchrun, or unset WORLD_SIZE"
         ) from error
     atexit.register(_leave)
 
@@ -199,6 +199,10 @@ def _join() -> None:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).splitlines()[0].split(". ")[0]
 
 
 def _environment(name: str, default: int) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -74,7 +74,6 @@ class Share:
             DataError, ValueError: they have not.
         """
         train, validation = fit.train, fit.validation
-        self._check_model()
         if (loader := getattr(train, "loader", None)) is not None and loader.batch_size is not None:
             self._check_batch_size("the DataLoader's batch_size", loader.batch_size)
         elif epochs:
@@ -105,7 +104,6 @@ class Share:
         Raises:
             DataError, ValueError: they do not.
         """
-        self._check_model()
         self._check_sampler(source)
         self._agree({}, {"x and y": source}, False)
 
@@ -273,20 +271,6 @@ class Share:
                     )
         return [told_inside for _, _, told_inside in told]
 
-    def _check_model(self) -> None:
-        model = self.trainer.model
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                "the model is in a DistributedDataParallel, and the Trainer adds up gradients itself; give it the "
-                "model inside, model.module"
-            )
-        tensor = importlib.import_module("torch.distributed.tensor")
-        if any(isinstance(parameter, tensor.DTensor) for parameter in model.parameters()):
-            raise ValueError(
-                "the model's parameters are sharded, and the Trainer trains whole ones; give it the model without "
-                "fully_shard, or train it in a loop of your own, as docs/distributed.md does"
-            )
-
     def _check_sampler(self, source: Rows | Stream | None) -> None:
         if isinstance(source, Stream) and isinstance(getattr(source.loader, "sampler", None), DistributedSampler):
             raise DataError(
@@ -377,6 +361,7 @@ def _sharing(trainer: Trainer) -> Iterator[None]:
     if trainer.processes is None:
         yield
         return
+    _check_model(trainer.model)
     trainer.share = Share(trainer, trainer.processes)
     try:
         yield
@@ -385,6 +370,20 @@ def _sharing(trainer: Trainer) -> Iterator[None]:
         raise
     finally:
         trainer.share = None
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "the model is in a DistributedDataParallel, and the Trainer adds up gradients itself; give it the model "
+            "inside, model.module"
+        )
+    tensor = sys.modules.get("torch.distributed.tensor")  # without which there are none
+    if tensor is not None and any(isinstance(parameter, tensor.DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "the model's parameters are sharded, and the Trainer trains whole ones; give it the model without "
+            "fully_shard, or train it in a loop of your own, as docs/distributed.md does"
+        )
 
 
 def _looks(source: Rows | Stream | None) -> list[Any]:
