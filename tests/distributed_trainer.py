@@ -190,7 +190,7 @@ def message(work: Callable[[], object]) -> str:
     """The error in words."""
     try:
         work()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ArithmeticError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -227,6 +227,7 @@ def bad_input(folder: Path) -> dict[str, str]:
     ddp = nn.parallel.DistributedDataParallel(make_model("autoencoder", torch.float32))
     found["DDP"] = message(lambda: trainer(ddp).fit(x, verbose=False))
     found["no checkpoint"] = message(lambda: trainer().fit(x, resume=folder / "nothing", verbose=False))
+    found["NaN"] = message(lambda: trainer(lr=1e30).fit(x, epochs=2, verbose=False))
     found["none"] = message(lambda: trainer().fit(x, verbose=False))
     return found
 

@@ -14,9 +14,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "distributed.md").r
 
 
 def test_the_programs_run(tmp_path):
-    (tmp_path / "both.py").write_text(
-        "import train, torch.distributed\ntorch.distributed.destroy_process_group()\nimport shard\n"
-    )
+    joined = "import torch.distributed\ntorch.distributed.init_process_group = lambda: None\n"  # by the first program
+    (tmp_path / "both.py").write_text(f"import train\n{joined}import shard\n")
     for block in BLOCKS:
         (tmp_path / re.match(r"# (\w+\.py)\n", block)[1]).write_text(block)
     np.save(tmp_path / "x.npy", np.random.default_rng(0).random((600, 20), dtype=np.float32))

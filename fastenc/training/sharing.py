@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -18,10 +17,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
 
-from fastenc.data import DataError
-
+from .agreement import agree, agree_on_fit, check_batch, check_model
 from .distributed import Processes, find_processes
 from .losses import LossFunction
 from .rng import generators
@@ -34,7 +31,6 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 _OF_WHOLE_BATCHES = ("info_nce", "triplet")  # losses that are no means over rows
-_LOOKED_AT = 256  # rows by which two arrays are told apart
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,21 +69,7 @@ class Share:
         Raises:
             DataError, ValueError: they have not.
         """
-        train, validation = fit.train, fit.validation
-        if (loader := getattr(train, "loader", None)) is not None and loader.batch_size is not None:
-            self._check_batch_size("the DataLoader's batch_size", loader.batch_size)
-        elif epochs:
-            self._check_batch_size("batch_size", fit.batch_size)
-        for source in (train, validation):
-            self._check_sampler(source)
-        inside = any(callback.inside_steps for callback in fit.callbacks)
-        asked = {
-            "epochs": epochs,
-            "batch_size": fit.batch_size,
-            "shuffle": fit.shuffle,
-            "validation data": validation is not None,
-        }
-        self.watched = any(self._agree(asked, {"x and y": train, "the validation data": validation}, inside))
+        self.watched = agree_on_fit(self.processes, self.trainer, fit, epochs)
         self.copy_from_first()
 
     def copy_from_first(self) -> None:
@@ -104,8 +86,7 @@ class Share:
         Raises:
             DataError, ValueError: they do not.
         """
-        self._check_sampler(source)
-        self._agree({}, {"x and y": source}, False)
+        agree(self.processes, self.trainer, {"x and y": source})
 
     def copy_buffers(self) -> None:
         """Together: buffers, such as running means, become those of process 0."""
@@ -223,67 +204,12 @@ class Share:
 
     def _of_stream(self, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
         for x, target in stream.batches():
-            self._check_batch(stream, len(x), _digest(x[:1]) + _digest(target[:1]))
+            check_batch(self.processes, stream, x, target)
             self._set(len(x))
             part = self._part_or_one(len(x))
             mine = x[part]
             yield mine, mine if target is x else target[part]
-        self._check_batch(stream, 0, "")
-
-    def _check_batch(self, stream: Stream, rows: int, digest: str) -> None:
-        told = self.processes.tell((rows, digest))
-        for rank, (their_rows, their_digest) in enumerate(told):
-            if (their_rows, their_digest) != told[0]:
-                both = f"a batch of {their_rows} rows and process 0 one of {told[0][0]}"
-                what = "another batch than process 0" if their_rows == told[0][0] else both
-                raise DataError(
-                    f"{stream.name} gives process {rank} {what}; give every process the same data, in the same order: "
-                    "the Trainer shares out each batch itself"
-                )
-
-    def _agree(self, asked: dict[str, Any], data: dict[str, Rows | Stream | None], inside: bool) -> list[bool]:
-        """`inside` of every process.
-
-        Raises:
-            DataError, ValueError: they differ in anything else.
-        """
-        trainer = self.trainer
-        asked = {
-            **asked,
-            "accumulate": trainer.accumulate,
-            "optimiser": type(trainer.optimizer).__name__,
-            "parameters": [[*parameter.shape] for parameter in trainer.model.parameters()],
-        }
-        seen = {name: _looks(source) for name, source in data.items()}
-        told = self.processes.tell((asked, seen, inside))
-        for rank, (their_asked, their_seen, _) in enumerate(told):
-            for name, value in told[0][0].items():
-                if their_asked[name] != value:
-                    raise ValueError(
-                        f"process {rank} has {name} {their_asked[name]} and process 0 has {value}; make them the same "
-                        "on every process"
-                    )
-            for name, value in told[0][1].items():
-                if their_seen[name] != value:
-                    raise DataError(
-                        f"process {rank} was given other rows than process 0 for {name}; give every process all rows: "
-                        "the Trainer shares them out itself"
-                    )
-        return [told_inside for _, _, told_inside in told]
-
-    def _check_sampler(self, source: Rows | Stream | None) -> None:
-        if isinstance(source, Stream) and isinstance(getattr(source.loader, "sampler", None), DistributedSampler):
-            raise DataError(
-                f"{source.name} has a DistributedSampler, and the Trainer gives each process its rows of every batch "
-                "itself; leave the sampler out"
-            )
-
-    def _check_batch_size(self, name: str, batch_size: int) -> None:
-        if batch_size < self.processes.count:
-            raise ValueError(
-                f"{name} is {batch_size} and there are {self.processes.count} processes; make it at least "
-                f"{self.processes.count}, so that each has a row of every batch"
-            )
+        check_batch(self.processes, stream, None, None)
 
     def _losses(self, losses: Tensor, steps: list[tuple[int, int]]) -> Tensor:
         """Together: the mean losses over whole batches, from those over own rows; float64 on the CPU."""
@@ -361,7 +287,7 @@ def _sharing(trainer: Trainer) -> Iterator[None]:
     if trainer.processes is None:
         yield
         return
-    _check_model(trainer.model)
+    check_model(trainer.model)
     trainer.share = Share(trainer, trainer.processes)
     try:
         yield
@@ -370,30 +296,3 @@ def _sharing(trainer: Trainer) -> Iterator[None]:
         raise
     finally:
         trainer.share = None
-
-
-def _check_model(model: nn.Module) -> None:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "the model is in a DistributedDataParallel, and the Trainer adds up gradients itself; give it the model "
-            "inside, model.module"
-        )
-    tensor = sys.modules.get("torch.distributed.tensor")  # without which there are none
-    if tensor is not None and any(isinstance(parameter, tensor.DTensor) for parameter in model.parameters()):
-        raise ValueError(
-            "the model's parameters are sharded, and the Trainer trains whole ones; give it the model without "
-            "fully_shard, or train it in a loop of your own, as docs/distributed.md does"
-        )
-
-
-def _looks(source: Rows | Stream | None) -> list[Any]:
-    """What tells apart the data of two processes; of a stream each batch is looked at later."""
-    if not isinstance(source, Rows):
-        return [type(source).__name__]
-    some = torch.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT), device="cpu").long().to(source.x.device)
-    return [len(source), *(_digest(part[some]) for part in (source.x, source.target))]
-
-
-def _digest(rows: Tensor) -> str:
-    content = rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.blake2b(content + repr(list(rows.shape)).encode(), digest_size=8).hexdigest()
