@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from . import dynamo
 from .convert import FusionReport, fuse, fusion_report, unfuse
 from .encoder import AutoEncoder, Classifier, Encoder, Regressor
 from .evaluation import EvaluationReport, evaluate
@@ -17,6 +18,8 @@ from .training import Callback, EarlyStopping, History, Trainer
 from .tune import tune
 
 __version__ = "0.1.0"
+
+dynamo.offer()
 
 __all__ = [
     "AutoEncoder",

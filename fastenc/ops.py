@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from .activation import get_activation
+from .activation import ACTIVATIONS, get_activation
 from .backends import BACKENDS, choice, reference, rule
 
 CHOICES = ("auto", *BACKENDS)
@@ -392,3 +392,23 @@ torch.library.register_autograd(
     "fastenc::encoder_forward", _encoder_forward_backward, setup_context=_encoder_setup, lib=_library
 )
 torch.library.register_vmap("fastenc::dense_forward", _dense_forward_vmap, lib=_library)
+
+
+@functools.cache
+def describe_kernels() -> str | None:
+    """Give the CPU's kernels, `torch.ops.fastenc_cpu`, fakes, so that a compiler can call them by themselves.
+
+    They are the operators above, but for activations and masks as numbers. Why there are none, in words, or None.
+    """
+    if reason := BACKENDS["cpu"].why_unavailable():
+        return reason
+    names = tuple(ACTIVATIONS)
+    fakes = {
+        "dense_forward": lambda x, w, b, code, save: _dense_forward_fake(x, w, b, names[code], save),
+        "dense_backward": lambda grad, x, w, saved, code, *mask: _dense_backward_fake(grad, x, w, saved, code, mask),
+        "encoder_forward": lambda x, w, b, codes, save: _encoder_forward_fake(x, w, b, [names[c] for c in codes], save),
+        "encoder_backward": _encoder_backward_fake,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"fastenc_cpu::{name}", fake)
+    return None
