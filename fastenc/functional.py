@@ -187,10 +187,9 @@ def fused_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, activatio
             pass
     if traced == "operators" and _fits(x, weight, bias):
         x, weight, bias = _autocast(x, weight, bias)
-        out, _ = torch.ops.fastenc.dense_forward(
-            x.reshape(-1, weight.shape[1]), weight, bias, activation, torch.is_grad_enabled()
-        )
-        return out.reshape(*x.shape[:-1], weight.shape[0])
+        rows = x if x.dim() == 2 else x.reshape(-1, weight.shape[1])
+        out, _ = torch.ops.fastenc.dense_forward(rows, weight, bias, activation, torch.is_grad_enabled())
+        return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weight.shape[0])
     if _autocasts(x.device.type):
         x, weight, bias = _autocast(x, weight, bias)
     rows = x if x.dim() == 2 else _rows(x)
@@ -266,10 +265,10 @@ def encoder(
         x, *parameters = _autocast(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]
         save = torch.is_grad_enabled()
-        results = torch.ops.fastenc.encoder_forward(
-            x.reshape(-1, x.shape[-1]), weights, biases, list(activations), save
-        )
-        return results[len(weights) - 1 if save else 0].reshape(*x.shape[:-1], weights[-1].shape[0])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        out = torch.ops.fastenc.encoder_forward(rows, weights, biases, list(activations), save)
+        out = out[len(weights) - 1 if save else 0]
+        return out if x.dim() == 2 else out.reshape(*x.shape[:-1], weights[-1].shape[0])
     if _autocasts(x.device.type):
         x, *parameters = _autocast(x, *weights, *biases)
         weights, biases = parameters[: len(weights)], parameters[len(weights) :]

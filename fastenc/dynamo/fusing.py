@@ -19,7 +19,7 @@ _recorder: ContextVar[list[Found] | None] = ContextVar("fastenc_found", default=
 
 
 class Found(NamedTuple):
-    """A chain of layers in a compiled graph, and why it was left to the compiler; None if it is one operator of ours."""
+    """A chain of layers in a graph, and why it was left to the compiler; None if it is one operator of ours."""
 
     layers: str
     reason: str | None

@@ -1,4 +1,4 @@
-"""The backend itself: fuse, then Inductor with a pass that calls the CPU's kernels; imported when a model is compiled."""
+"""The backend itself: fuse, then Inductor with a pass that calls the CPU's kernels. Imported to compile a model."""
 
 from __future__ import annotations
 
@@ -87,4 +87,6 @@ def _why_no_inductor(on_gpu: bool, on_cpu: bool) -> str | None:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(f"fastenc compiles without Inductor, with backend 'aot_eager': {reason}", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"fastenc compiles without Inductor, with backend 'aot_eager': {reason}", RuntimeWarning, stacklevel=2
+    )

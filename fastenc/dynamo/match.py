@@ -15,22 +15,23 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from ..activation import ACTIVATIONS, LEAKY_RELU_SLOPE
+from ..activation import LEAKY_RELU_SLOPE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (FakeTensor, Tensor, torch.nn.Parameter)
 
 # What runs an activation, as a function of PyTorch or a method of a tensor, in place or not.
 _CALLS: dict[Any, str] = {
-    **{call: "relu" for call in (torch.relu, torch.relu_, F.relu, "relu", "relu_")},
-    **{call: "sigmoid" for call in (torch.sigmoid, torch.sigmoid_, F.sigmoid, "sigmoid", "sigmoid_")},
-    **{call: "tanh" for call in (torch.tanh, torch.tanh_, F.tanh, "tanh", "tanh_")},
-    **{call: "leaky_relu" for call in (F.leaky_relu, F.leaky_relu_)},
+    **dict.fromkeys((torch.relu, torch.relu_, F.relu, "relu", "relu_"), "relu"),
+    **dict.fromkeys((torch.sigmoid, torch.sigmoid_, F.sigmoid, "sigmoid", "sigmoid_"), "sigmoid"),
+    **dict.fromkeys((torch.tanh, torch.tanh_, F.tanh, "tanh", "tanh_"), "tanh"),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
     F.gelu: "gelu",
     F.silu: "silu",
 }
 # Of what else may run between the layers of a chain: nothing here writes into a tensor.
-_PURE = {operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, "size", "item"}
+_PURE = {operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv}
+_PURE |= {"size", "item", torch._C._is_autocast_available}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def find(graph: fx.Graph) -> tuple[list[list[Layer]], list[tuple[fx.Node, str]]]
                 layers.append(layer)
     harmful = _count_harmful(graph, layers)
     layers = [
-        layer if _is_quiet(harmful, layer.linear, layer.out) else replace(layer, out=layer.linear, activation="identity")
+        layer
+        if _is_quiet(harmful, layer.linear, layer.out)
+        else replace(layer, out=layer.linear, activation="identity")
         for layer in layers
     ]
     chains: list[list[Layer]] = []
@@ -120,9 +123,7 @@ def _why_not(out: Any, x: Any, weight: Any, bias: Any, has_bias: bool) -> str | 
         return "not of plain dense tensors"
     if out.device.type not in ("cpu", "cuda") or any(tensor.device != out.device for tensor in tensors):
         return f"no kernels for tensors on {out.device}"
-    if out.dtype not in DTYPES or any(
-        tensor.dtype not in DTYPES for tensor in tensors
-    ):
+    if out.dtype not in DTYPES or any(tensor.dtype not in DTYPES for tensor in tensors):
         return f"no kernels for {x.dtype}"
     if weight.dim() != 2 or x.dim() == 0 or (has_bias and bias.dim() != 1):
         return f"weight has {weight.dim()} dimensions, x {x.dim()}"
@@ -141,7 +142,9 @@ def activation_of(node: fx.Node | None) -> str | None:
     name = _CALLS.get(node.target)
     if name is None or len(node.args) == 0:
         return None
-    extra = dict(zip(("negative_slope", "inplace") if name == "leaky_relu" else ("inplace",), node.args[1:], strict=False))
+    extra = dict(
+        zip(("negative_slope", "inplace") if name == "leaky_relu" else ("inplace",), node.args[1:], strict=False)
+    )
     extra |= node.kwargs
     extra.pop("inplace", None)
     if name == "leaky_relu" and extra.pop("negative_slope", LEAKY_RELU_SLOPE) != LEAKY_RELU_SLOPE:

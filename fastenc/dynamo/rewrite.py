@@ -1,4 +1,4 @@
-"""From what `match` found to calls of our operators, from those back to PyTorch's functions, and down to the kernels."""
+"""From what `match` found to our operators, from those back to PyTorch's functions, and down to the kernels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ def fuse(graph: fx.Graph, chain: Sequence[Layer]) -> None:
     """Put one call of our operator in the place of the chain."""
     last = chain[-1].out
     example: Tensor = value(last)
-    given, weights, biases = chain[0].inputs[0], [layer.inputs[1] for layer in chain], [layer.inputs[2] for layer in chain]
+    given, weights, biases = (
+        chain[0].inputs[0],
+        [layer.inputs[1] for layer in chain],
+        [layer.inputs[2] for layer in chain],
+    )
     activations = [layer.activation for layer in chain]
     save = example.requires_grad
     with graph.inserting_before(last):
@@ -54,10 +58,10 @@ def fuse(graph: fx.Graph, chain: Sequence[Layer]) -> None:
             out = graph.call_function(torch.reshape, (out, (*sizes, known(example.shape[-1]))))
         out.meta = dict(last.meta)
     last.replace_all_uses_with(out)
-    for layer in reversed(chain):
-        for node in (layer.out, layer.linear, *layer.dropouts):
-            if not node._erased:
-                graph.erase_node(node)
+    for i, layer in reversed(list(enumerate(chain))):
+        # Without an activation, out is linear; below the first layer, dropouts are not the chain's.
+        for node in dict.fromkeys((layer.out, layer.linear, *(layer.dropouts if i > 0 else ()))):
+            graph.erase_node(node)
 
 
 def _cast(graph: fx.Graph, node: fx.Node | None, dtype: torch.dtype) -> fx.Node | None:
