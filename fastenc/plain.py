@@ -148,7 +148,8 @@ def _convert(module: nn.Module, name: str, done: dict[int, nn.Module]) -> nn.Mod
     if isinstance(module, FusedDense) and type(module) is not FusedDense:
         raise ValueError(
             f"layer {name!r} is a {type(module).__name__}, a subclass of FusedDense that cannot be made plain; "
-            f"remove its parametrizations (torch.nn.utils.parametrize.remove_parametrizations) or replace it by a FusedDense"
+            f"remove its parametrizations (torch.nn.utils.parametrize.remove_parametrizations), or replace it by a "
+            f"FusedDense"
         )
     plain = module
     if isinstance(module, FusedDense):

@@ -332,6 +332,22 @@ def test_subclasses_of_tensors(always):
     assert torch.equal(actual.b, layer(x, weight.b))
 
 
+@pytest.mark.parametrize("in_dims", [(0, None), (0, 0)], ids=str)
+def test_within_vmap_and_grad(always, in_dims):
+    """Inside a transform of torch.func, the compiler sees through ATen's functions."""
+
+    def loss(weight, row):
+        return F.relu(F.linear(row, weight)).square().sum()
+
+    def gradients(x, weight):
+        return torch.vmap(torch.func.grad(loss), in_dims=in_dims[::-1])(weight, x)
+
+    x, weight = integers(6, 5), integers(*([6] if in_dims[1] == 0 else []), 4, 5)
+    with record() as found:
+        assert torch.equal(compiled(gradients)(x, weight), gradients(x, weight))
+    assert not fused(found)
+
+
 # The rule, and what is said of it.
 
 

@@ -62,8 +62,10 @@ def _note(found: Found) -> None:
 def _in_words(chain: Sequence[Layer]) -> str:
     """For example "[s0, 784] -> 128 relu -> 64"."""
     x, out = value(chain[0].inputs[0]), value(chain[-1].out)
-    steps = [f"[{', '.join(map(str, getattr(x, 'shape', '?')))}]"]
+    if x is None or out is None:
+        return str(chain[0].linear)  # in a graph that says nothing of its tensors
+    steps = [f"[{', '.join(map(str, x.shape))}]"]
     for layer in chain:
-        width = value(layer.linear).shape[-1] if value(layer.linear).dim() else 1
-        steps.append(f"{width} {layer.activation}".removesuffix(" identity"))
+        shape = value(layer.linear).shape
+        steps.append(f"{shape[-1] if shape else 1} {layer.activation}".removesuffix(" identity"))
     return f"{' -> '.join(steps)} {str(out.dtype).removeprefix('torch.')}"

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from ..activation import LEAKY_RELU_SLOPE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (FakeTensor, Tensor, torch.nn.Parameter)
 
 # What runs an activation, as a function of PyTorch or a method of a tensor, in place or not.
 _CALLS: dict[Any, str] = {
@@ -114,12 +113,21 @@ def _arguments(node: fx.Node, names: tuple[str, ...]) -> list[Any]:
 def _is_kept(node: fx.Node, user: fx.Node) -> bool:
     """Whether the user's result has the dtype of node's, which it reads first; autocast casts some functions."""
     before, after = value(node), value(user)
-    return user.args[0] is node and type(after) in _PLAIN and after.dtype == before.dtype
+    return user.args[0] is node and _is_plain(after) and after.dtype == before.dtype
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a dense tensor without anything special about it is meant: no subclass, nor one within vmap or grad."""
+    return (
+        type(tensor) is FakeTensor
+        and tensor.layout == torch.strided
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def _why_not(out: Any, x: Any, weight: Any, bias: Any, has_bias: bool) -> str | None:
     tensors = [x, weight, bias] if has_bias else [x, weight]
-    if any(type(tensor) not in _PLAIN or tensor.layout != torch.strided for tensor in (out, *tensors)):
+    if not all(_is_plain(tensor) for tensor in (out, *tensors)):
         return "not of plain dense tensors"
     if out.device.type not in ("cpu", "cuda") or any(tensor.device != out.device for tensor in tensors):
         return f"no kernels for tensors on {out.device}"

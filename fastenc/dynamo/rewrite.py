@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..activation import activation_codes
+from . import match
 from .match import Layer, known, value
 
 _FUNCTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -52,7 +53,7 @@ def fuse(graph: fx.Graph, chain: Sequence[Layer]) -> None:
         else:
             target, args = torch.ops.fastenc.encoder_forward, (x, weights, biases, activations, save)
         call = graph.call_function(target.default, args)
-        call.meta = {key: value for key, value in last.meta.items() if key not in ("example_value", "val")}
+        call.meta = {key: last.meta[key] for key in last.meta if key not in ("example_value", "val")}
         out = graph.call_function(operator.getitem, (call, len(chain) - 1 if save else 0))
         if len(sizes) != 1:
             out = graph.call_function(torch.reshape, (out, (*sizes, known(example.shape[-1]))))
@@ -139,7 +140,8 @@ def _lowered(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
         operators.encoder_backward.default,
     ):
         return None
-    if not value(args[0]).is_cpu:
+    tensors = [value(node) for node in node.all_input_nodes]
+    if not all(tensor.is_cpu and tensor.dtype == tensors[0].dtype in match.DTYPES for tensor in tensors):
         return None
     if target is operators.dense_forward.default:
         x, weight, bias, activation, save = args
