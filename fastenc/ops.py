@@ -20,10 +20,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -403,7 +403,7 @@ def describe_kernels() -> str | None:
     if reason := BACKENDS["cpu"].why_unavailable():
         return reason
     names = tuple(ACTIVATIONS)
-    fakes = {
+    fakes: dict[str, Callable[..., Any]] = {
         "dense_forward": lambda x, w, b, code, save: _dense_forward_fake(x, w, b, names[code], save),
         "dense_backward": lambda grad, x, w, saved, code, *mask: _dense_backward_fake(grad, x, w, saved, code, mask),
         "encoder_forward": lambda x, w, b, codes, save: _encoder_forward_fake(x, w, b, [names[c] for c in codes], save),

@@ -46,9 +46,9 @@ def fuse_graph(graph: fx.Graph) -> None:
     for linear, reason in left:
         _note(Found(_in_words([Layer(linear, linear, "identity")]), reason))
     for chain in chains:
-        for part, reason in rule.divide(chain):
-            _note(Found(_in_words(part), reason))
-            if reason is None:
+        for part, why_not in rule.divide(chain):
+            _note(Found(_in_words(part), why_not))
+            if why_not is None:
                 rewrite.fuse(graph, part)
     graph.lint()
 

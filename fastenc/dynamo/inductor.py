@@ -59,7 +59,7 @@ def compile_graph(
     devices = {tensor.device.type for tensor in inputs if isinstance(tensor, Tensor)}
     if reason := _why_no_inductor("cuda" in devices, "cpu" in devices):
         _warn_once(reason)
-        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+        return torch._dynamo.lookup_backend("aot_eager")(module, list(inputs))
     compiler = torch._TorchCompileInductorWrapper(mode, options, None)
     after = compiler.config.get(_POST)
     after = () if after is None else after if isinstance(after, (list, tuple)) else (after,)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..activation import LEAKY_RELU_SLOPE
 
+NO_ACTIVATION = "no activation of ours follows"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # What runs an activation, as a function of PyTorch or a method of a tensor, in place or not.
@@ -29,7 +30,7 @@ _CALLS: dict[Any, str] = {
     F.silu: "silu",
 }
 # Of what else may run between the layers of a chain: nothing here writes into a tensor.
-_PURE = {operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv}
+_PURE: set[Any] = {operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv}
 _PURE |= {"size", "item", torch._C._is_autocast_available}
 
 
@@ -147,13 +148,11 @@ def activation_of(node: fx.Node | None) -> str | None:
     """The name of what the node does to its first argument; None if that is no activation of ours, or does more."""
     if node is None or node.op not in ("call_function", "call_method"):
         return None
-    name = _CALLS.get(node.target)
+    name = _CALLS.get(cast(Any, node.target))
     if name is None or len(node.args) == 0:
         return None
-    extra = dict(
-        zip(("negative_slope", "inplace") if name == "leaky_relu" else ("inplace",), node.args[1:], strict=False)
-    )
-    extra |= node.kwargs
+    names = ("negative_slope", "inplace") if name == "leaky_relu" else ("inplace",)
+    extra: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
     extra.pop("inplace", None)
     if name == "leaky_relu" and extra.pop("negative_slope", LEAKY_RELU_SLOPE) != LEAKY_RELU_SLOPE:
         return None
@@ -209,4 +208,4 @@ def _why_no_activation(layer: Layer) -> str:
     user = next(iter(layer.linear.users), None)
     if user is not None and activation_of(user):
         return "something runs between it and the activation that may change what they read"
-    return "no activation of ours follows"
+    return NO_ACTIVATION

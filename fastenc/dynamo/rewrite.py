@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -49,10 +49,11 @@ def fuse(graph: fx.Graph, chain: Sequence[Layer]) -> None:
         if len(sizes) != 1:
             x = graph.call_function(torch.reshape, (x, (-1, known(value(weights[0]).shape[1]))))
         if len(chain) == 1:
-            target, args = torch.ops.fastenc.dense_forward, (x, weights[0], biases[0], activations[0], save)
+            of_one = x, weights[0], biases[0], activations[0], save
+            call = graph.call_function(torch.ops.fastenc.dense_forward.default, of_one)
         else:
-            target, args = torch.ops.fastenc.encoder_forward, (x, weights, biases, activations, save)
-        call = graph.call_function(target.default, args)
+            of_all = x, weights, biases, activations, save
+            call = graph.call_function(torch.ops.fastenc.encoder_forward.default, of_all)
         call.meta = {key: last.meta[key] for key in last.meta if key not in ("example_value", "val")}
         out = graph.call_function(operator.getitem, (call, len(chain) - 1 if save else 0))
         if len(sizes) != 1:
@@ -132,7 +133,7 @@ def lower(graph: fx.Graph) -> None:
 
 def _lowered(node: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
     operators, kernels = torch.ops.fastenc, torch.ops.fastenc_cpu
-    target, args = node.target, node.args
+    target, args = node.target, cast("tuple[Any, ...]", node.args)
     if target not in (
         operators.dense_forward.default,
         operators.dense_backward.default,

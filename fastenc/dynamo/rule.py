@@ -1,25 +1,21 @@
 """Which of the layers found are worth our operators, against what Inductor makes of them.
 
-A chain is one operator where `fastenc.ops.select` chooses kernels for it, with the number of rows that the graph has as
-it is compiled. On the CPU a layer is left out of it for which eager PyTorch would be chosen alone, with or without
-gradients: its product takes all the time, and Inductor calls the same BLAS library for it. With AVX-512 there is none.
-Measured on an AMD EPYC with AVX2 (one thread; Inductor's time as a multiple of ours, inference and training step):
-1.2 and 1.1 for 32 rows of 100-128-64-32-16; 0.8 and 0.8 for 32 rows of 768-3072-768 if it were fused.
+As for eager PyTorch: `fastenc.ops.parts` cuts a chain, and a part is one operator where `fastenc.ops.select` chooses
+kernels for it, with the number of rows that the graph has as it is compiled. What eager PyTorch's product is faster for
+is so for Inductor's, which is the same. Figures are in docs/compile.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..backends import reference
+from . import match
 from .match import Layer, value
-
-NO_ACTIVATION = "no activation of ours follows"
 
 
 def divide(chain: Sequence[Layer]) -> Iterator[tuple[list[Layer], str | None]]:
@@ -29,18 +25,13 @@ def divide(chain: Sequence[Layer]) -> Iterator[tuple[list[Layer], str | None]]:
     if rows is None:
         yield list(chain), "the number of rows is not known when it is compiled"
         return
-    for part in ops.parts(*_stand_ins(chain, rows)[:2]) or [slice(None)]:
-        for reason, layers in groupby(chain[part], lambda layer: _why_not_in_chain(layer, rows, training)):
-            run = list(layers)
-            if reason is None and all(layer.activation == "identity" for layer in run):
-                reason = NO_ACTIVATION
-            yield run, reason or _why_not(run, rows, training)
-
-
-def _why_not_in_chain(layer: Layer, rows: int, training: bool) -> str | None:
-    if value(layer.out).is_cuda:
-        return None
-    return _why_not([layer], rows, False) or (_why_not([layer], rows, True) if training else None)
+    x, weights, _ = _stand_ins(chain, rows)
+    for part in ops.parts(x, weights, training) or [slice(None)]:
+        layers = list(chain[part])
+        if all(layer.activation == "identity" for layer in layers):
+            yield layers, match.NO_ACTIVATION
+        else:
+            yield layers, _why_not(layers, rows, training)
 
 
 def _why_not(layers: Sequence[Layer], rows: int, training: bool) -> str | None:
