@@ -372,6 +372,15 @@ def test_a_part_of_a_chain_is_fused():
     assert len(report) == 2
 
 
+def test_a_step_with_few_rows_is_left():
+    model = net(9, 7, 4)
+    found = [dynamo.explain(model, torch.randn(rows, 9)) for rows in (4, 5)]
+    with torch.no_grad():
+        found.append(dynamo.explain(model, torch.randn(4, 9)))
+    assert [len(fused(report)) for report in found] == [0, 1, 1]
+    assert "few rows" in str(found[0])
+
+
 def test_the_reference_backend_is_the_compiler():
     with fastenc.use_backend("reference"):
         assert not fused(dynamo.explain(net(9, 7, 4), torch.randn(3, 9)))

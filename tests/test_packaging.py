@@ -108,7 +108,14 @@ def test_wheel_tags(wheel):
 
 def test_wheel_metadata(wheel):
     info = f"fastenc-{VERSION}.dist-info"
-    assert wheel.read(f"{info}/entry_points.txt").decode().strip() == "[console_scripts]\nfastenc = fastenc.cli:main"
+    assert wheel.read(f"{info}/entry_points.txt").decode().split("\n") == [
+        "[console_scripts]",
+        "fastenc = fastenc.cli:main",
+        "",
+        "[torch_dynamo_backends]",
+        "fastenc = fastenc.dynamo:fastenc",
+        "",
+    ]
     assert wheel.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
     metadata = wheel.read(f"{info}/METADATA").decode()
     assert "\nLicense-Expression: Apache-2.0\n" in metadata

@@ -2,7 +2,8 @@
 
 As for eager PyTorch: `fastenc.ops.parts` cuts a chain, and a part is one operator where `fastenc.ops.select` chooses
 kernels for it, with the number of rows that the graph has as it is compiled. What eager PyTorch's product is faster for
-is so for Inductor's, which is the same. Figures are in docs/compile.md.
+is so for Inductor's, which is the same. A training step with a few rows is the compiler's: its products cost less than a
+call with all that a backward pass needs. Figures are in docs/compile.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from ..backends import reference
 from . import match
 from .match import Layer, value
 
+FEW_ROWS = 4
+
 
 def divide(chain: Sequence[Layer]) -> Iterator[tuple[list[Layer], str | None]]:
     """The chain in parts, each with the reason in words why it is left to the compiler; None for a part to fuse."""
@@ -26,6 +29,9 @@ def divide(chain: Sequence[Layer]) -> Iterator[tuple[list[Layer], str | None]]:
         yield list(chain), "the number of rows is not known when it is compiled"
         return
     x, weights, _ = _stand_ins(chain, rows)
+    if x.is_cpu and training and rows <= FEW_ROWS and ops.forced_backend() == "auto":
+        yield list(chain), "a training step with so few rows is faster compiled"
+        return
     for part in ops.parts(x, weights, training) or [slice(None)]:
         layers = list(chain[part])
         if all(layer.activation == "identity" for layer in layers):
