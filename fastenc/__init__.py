@@ -13,6 +13,7 @@ from .lora import add_lora, load_lora, merge_lora, save_lora
 from .modules import FusedDense
 from .multitask import MultiTask, Task
 from .ops import use_backend
+from .plain import to_plain
 from .pretrained import ModelFileError, load_preprocessing, load_pretrained
 from .training import Callback, EarlyStopping, History, Trainer
 from .tune import tune
@@ -51,6 +52,7 @@ __all__ = [
     "load_pretrained",
     "merge_lora",
     "save_lora",
+    "to_plain",
     "tune",
     "unfuse",
     "use_backend",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from .activation import LEAKY_RELU_SLOPE
+from .convert import unfuse
 from .encoder import AutoEncoder, Classifier, Encoder, Regressor
 from .modules import FusedDense
 
@@ -126,7 +126,7 @@ def to_plain(model: nn.Module, inplace: bool = False) -> nn.Module:
     For ONNX, PEFT, torchao and whatever else looks for `nn.Linear`. Parameters are shared with the model, and the names
     in `state_dict` stay the same. An Encoder's `layers[i]` are `nn.Linear`; so is a FusedDense without an activation;
     any other FusedDense becomes a module with a `linear` and an `activation`. Hooks, `requires_grad` and the training
-    mode are kept.
+    mode are kept. What `fuse` did is undone.
 
     Args:
         model: any module with FusedDense layers or fastenc's models in it, or one of these itself.
@@ -134,12 +134,10 @@ def to_plain(model: nn.Module, inplace: bool = False) -> nn.Module:
             since the model itself may be one that is replaced.
 
     Raises:
+        TypeError: the model is no nn.Module, or cannot be copied.
         ValueError: a layer is of a subclass of FusedDense, for example parametrised; what it does is not known.
     """
-    if not inplace:
-        kept = [*model.parameters(), *model.buffers()]
-        model = copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
-    return _convert(model, "", {})
+    return _convert(unfuse(model, inplace), "", {})
 
 
 def _convert(module: nn.Module, name: str, done: dict[int, nn.Module]) -> nn.Module:

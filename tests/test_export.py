@@ -12,9 +12,9 @@ from accuracy import Worst
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fastenc import AutoEncoder, Classifier, Encoder, FusedDense, Regressor
+from fastenc import AutoEncoder, Classifier, Encoder, FusedDense, Regressor, fuse, to_plain
 from fastenc.activation import ACTIVATIONS
-from fastenc.plain import MODULES, to_plain
+from fastenc.plain import MODULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
@@ -155,6 +155,13 @@ def test_plain_keeps_mode_gradients_and_hooks():
     assert not plain.encoder.layers[0].linear.weight.requires_grad
     code = plain.encode(torch.randn(5, 9))
     assert torch.equal(seen[0], code)  # after the activation
+
+
+def test_plain_is_not_fused():
+    model = nn.Sequential(nn.Linear(9, 7), nn.ReLU(), FusedDense(7, 4))
+    plain = to_plain(fuse(model, inplace=False))
+    assert type(plain) is nn.Sequential
+    assert plain[0].weight is model[0].weight
 
 
 def test_plain_drops_as_the_model():

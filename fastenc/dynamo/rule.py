@@ -2,7 +2,7 @@
 
 As for eager PyTorch: `fastenc.ops.parts` cuts a chain, and a part is one operator where `fastenc.ops.select` chooses
 kernels for it, with the number of rows that the graph has as it is compiled. What eager PyTorch's product is faster for
-is so for Inductor's, which is the same. A training step with a few rows is the compiler's: its products cost less than a
+is so for Inductor's, which is the same. A training step with few rows is the compiler's: its products cost less than a
 call with all that a backward pass needs. Figures are in docs/compile.md.
 """
 
