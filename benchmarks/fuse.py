@@ -24,7 +24,7 @@ from .stacks import EAGER, MARGIN
 
 INFERENCE, TRAINING = "inference", "forward + backward"
 QUICK_MODELS = ("recommender MLP (DLRM)",)
-COMPILED, BOTH = "torch.compile", "fuse, then torch.compile"
+COMPILED, BOTH, BACKEND = "torch.compile", "fuse, then torch.compile", "torch.compile, backend fastenc"
 
 
 def cases(options: Options) -> Iterator[Case]:
@@ -67,7 +67,11 @@ def setup(case: Case, name: str, compiles: bool) -> Sides:
     fused = fastenc.fuse(model, verbose=False)
     sides = {EAGER: model}
     if compiles:
-        sides |= {COMPILED: torch.compile(model), BOTH: torch.compile(fused)}
+        sides |= {
+            COMPILED: torch.compile(model),
+            BOTH: torch.compile(fused),
+            BACKEND: torch.compile(model, backend="fastenc"),
+        }
     if not training:
         with torch.inference_mode():
             exact: Results = (exact_model(widened(x)),)
