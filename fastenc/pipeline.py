@@ -92,7 +92,7 @@ class SavedModel:
             yield self.prepare(source, features)
             return
         with naming(source):
-            yield from self.preprocessor.transform_blocks(features)
+            yield from self.preprocessor.transform_chunks([features])
 
     def codes(self, x: np.ndarray) -> Iterator[np.ndarray]:
         """float32 `[rows, features]` to codes, float32 `[rows of a chunk, code size]`, chunk by chunk."""
