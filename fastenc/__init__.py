@@ -12,7 +12,8 @@ from .lora import add_lora, load_lora, merge_lora, save_lora
 from .modules import FusedDense
 from .multitask import MultiTask, Task
 from .ops import use_backend
-from .pretrained import ModelFileError, load_preprocessing, load_pretrained
+from .loading import load_pretrained
+from .pretrained import ModelFileError, load_preprocessing
 from .training import Callback, EarlyStopping, History, Trainer
 from .tune import tune
 

@@ -71,9 +71,12 @@ class MultiTask(Pretrained, nn.Module):
         weight = cast(FusedDense, encoder.layers[0]).weight
         self.encoder = encoder
         self.tasks = dict(tasks)
+        # Whatever a task is called, such as a column of a table: a ModuleDict takes no dots and no names of its methods.
+        plain = all(name and "." not in name and not hasattr(nn.ModuleDict(), name) for name in tasks)
+        self._keys = {name: name if plain else f"task_{index}" for index, name in enumerate(tasks)}
         self.heads = nn.ModuleDict(
             {
-                name: FusedDense(
+                self._keys[name]: FusedDense(
                     encoder.out_features, task.outputs, activation="identity", device=weight.device, dtype=weight.dtype
                 )
                 for name, task in tasks.items()
@@ -89,6 +92,10 @@ class MultiTask(Pretrained, nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MultiTask:
         return cls(Encoder(**config["encoder"]), {name: Task(**task) for name, task in config["tasks"]})
+
+    def head(self, task: str) -> FusedDense:
+        """The linear layer of a task."""
+        return cast(FusedDense, self.heads[self._keys[task]])
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder(x)

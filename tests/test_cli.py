@@ -19,7 +19,8 @@ import fastenc
 from fastenc import cli, pipeline
 from fastenc.backends import BACKENDS
 from fastenc.data import Preprocessor
-from fastenc.pretrained import load_preprocessing, load_pretrained
+from fastenc.loading import load_pretrained
+from fastenc.pretrained import load_preprocessing
 from fastenc.record import split_rows
 
 SMALL = ["--widths", "32,8", "--epochs", "3", "--batch-size", "64"]

@@ -12,7 +12,8 @@ from test_cli import fail, run, succeed
 
 import fastenc
 from fastenc.data import Preprocessor, load
-from fastenc.pretrained import load_preprocessing, load_pretrained
+from fastenc.loading import load_pretrained
+from fastenc.pretrained import load_preprocessing
 from fastenc.record import split_rows
 
 SMALL = ["--widths", "16,8", "--epochs", "5"]

@@ -32,7 +32,7 @@ LAYERS = (
         "sklearn",
         "vectors",
     },
-    {"finetuning", "multitask"},
+    {"finetuning", "loading", "multitask"},
     {"training"},
     {"convert", "encoder", "explain", "files", "lora", "pretrained", "tune"},
     {"modules"},

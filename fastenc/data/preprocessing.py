@@ -148,11 +148,12 @@ class Preprocessor:
         self.__dict__.update(fresh.__dict__)
         return self
 
-    def partial_fit(self, features: Any) -> Preprocessor:
+    def partial_fit(self, features: Any, *, row_numbers: np.ndarray | None = None) -> Preprocessor:
         """Learn from some more training rows: each chunk is seen once, and memory does not grow with their number.
 
         What is learned is what `fit` learns from all of them at once, to the last bit, but for medians of very many
-        values: see `learning.Learner`. A column may be empty in some chunks, and not in all of them.
+        values: see `learning.Learner`. A column may be empty in some chunks, and not in all of them. `row_numbers`
+        `[rows]` are what to call the rows in errors; None counts all that were given.
 
         Raises:
             DataError: as `fit`; also a chunk with other columns than the first, or with text where numbers were. What
@@ -168,10 +169,10 @@ class Preprocessor:
         table = Columns(with_parts(features, self._date_names))
         if first:
             self._learner = Learner(table.names, table.named)
-        self._learn(table)
+        self._learn(table, row_numbers)
         return self
 
-    def _learn(self, table: Columns) -> None:
+    def _learn(self, table: Columns, row_numbers: np.ndarray | None = None) -> None:
         """Learn from some more rows: all of the learning that there is."""
         learner = self._learner
         assert learner is not None
@@ -196,7 +197,8 @@ class Preprocessor:
                     else np.empty((rows.stop - rows.start, 0), dtype=object),
                 )
                 if not last:
-                    self._refuse_missing(learner.rows + block.rows[block.missing], learner.rows + table.rows)
+                    named = learner.rows + block.rows if row_numbers is None else row_numbers[rows]
+                    self._refuse_missing(named[block.missing], learner.rows + table.rows)
                     continue
                 learner.present[[*numbers, *texts]] += block.present
                 block = self._without_missing(block)
