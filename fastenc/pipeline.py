@@ -24,6 +24,11 @@ OWN_SPLIT = 0.3  # share that is scored where the model has no held-out rows in 
 OWN_SEED = 0
 
 
+def existing_parent(folder: Path) -> Path:
+    """The folder above, or the one above that, and so on, that is there."""
+    return next(path for path in folder.absolute().parents if path.exists())
+
+
 def check_model_folder(folder: Path) -> None:
     """Refuse a folder to train into that holds something else than a fastenc model, before any training is done."""
     if folder.is_dir():
@@ -33,7 +38,7 @@ def check_model_folder(folder: Path) -> None:
             raise DataError(f"{folder} holds something else than a fastenc model; give a new or empty folder to --out")
     elif folder.exists():
         raise DataError(f"{folder} is a file; give a folder to --out")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    parent = folder if folder.exists() else existing_parent(folder)
     if not os.access(parent, os.W_OK):
         raise DataError(f"{parent} cannot be written to; change its permissions, or give another folder to --out")
 
@@ -47,6 +52,15 @@ def naming(source: str) -> Iterator[None]:
         if source in str(error):
             raise
         raise DataError(f"{source}: {error}") from error
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Options that do not go together are an error of the user's on the command line."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if isinstance(error, DataError) else DataError(str(error)) from error
 
 
 def labels_of(chunks: Chunks, remembered: str | list[str] | None) -> str | None:

@@ -50,7 +50,8 @@ class Chunks:
         self._data: Data | None = None
         if isinstance(source, (str, os.PathLike)) and source != "digits":
             path = Path(source)
-            kind = {".csv": CsvTables, ".parquet": ParquetTables}.get(path.suffix.lower())
+            kinds: dict[str, type[CsvTables] | type[ParquetTables]] = {".csv": CsvTables, ".parquet": ParquetTables}
+            kind = kinds.get(path.suffix.lower())
             if kind is not None and path.is_file() and path.stat().st_size and os.access(path, os.R_OK):
                 require("pandas", "reading tables")
                 self._tables = kind(path)
@@ -137,7 +138,9 @@ class ChunkedRows(IterableDataset):
             try:
                 x, y = self._tensors(chunk)
             except DataError as error:
-                raise DataError(f"{self.chunks.source}, in rows {start} to {start + len(chunk) - 1}: {error}") from error
+                raise DataError(
+                    f"{self.chunks.source}, in rows {start} to {start + len(chunk) - 1}: {error}"
+                ) from error
             start += len(chunk)
             order = torch.from_numpy(self._random.permutation(len(x))) if self.shuffle else torch.arange(len(x))
             for batch in order.split(self.batch_size):

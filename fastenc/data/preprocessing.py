@@ -232,7 +232,7 @@ class Preprocessor:
         return Prepared(x[:kept], rows[:kept], table.rows - kept, unseen)
 
     def transform_chunks(self, chunks: Iterable[Any]) -> Iterator[Prepared]:
-        """What `transform` gives of all chunks put together, block by block: for rows that memory does not hold at once.
+        """What `transform` gives of all chunks put together, block by block: for rows that memory cannot hold at once.
 
         Rows are numbered through the chunks. A block may have no rows, if all of its own were dropped. Raises what
         `transform` does, where the chunk that shows the fault is reached.

@@ -266,7 +266,9 @@ def _target(series: pd.Series, target: str, name: str, first: int) -> np.ndarray
     what = f"the target column {target!r} of {name}"
     missing = (first + np.flatnonzero(series.isna().to_numpy())).tolist()
     if missing:
-        raise DataError(f"{what} has no value in {row_list(missing, first + len(series))}; fill in or remove those rows")
+        raise DataError(
+            f"{what} has no value in {row_list(missing, first + len(series))}; fill in or remove those rows"
+        )
     kind = pd.api.types.infer_dtype(series)
     if kind == "integer":
         return series.to_numpy(dtype=np.int64)

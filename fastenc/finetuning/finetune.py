@@ -16,8 +16,8 @@ from fastenc.data import DataError, as_rows
 from fastenc.data.augmentation import mixes
 
 from ..encoder import Encoder
-from ..lora import add_lora, merge_lora
 from ..loading import load_pretrained
+from ..lora import add_lora, merge_lora
 from ..training import Callback, EarlyStopping, History, Trainer
 from ..training.augmented import Augment
 from ..training.losses import LossFunction
@@ -148,7 +148,12 @@ def finetune(
     _check(strategy, encoder, unlabelled, pretraining_options, lora_rank, frozen, unfreeze_every, layer_decay, lr)
     rows = as_rows(x)
     goal = read_goals(y, len(rows), task, loss, weights, scale_targets)
-    if augment is not None and mixes(augment) and isinstance(goal, Goals) and any(each is not None for each in goal.classes.values()):
+    if (
+        augment is not None
+        and mixes(augment)
+        and isinstance(goal, Goals)
+        and any(each is not None for each in goal.classes.values())
+    ):
         raise ValueError("Mixup cannot mix the labels of several targets; leave it out, or train on one target")
     training, validation = _parts(rows, goal, validation_split, validation_data, seed)
     if patience is not None and validation is None:
@@ -165,7 +170,8 @@ def finetune(
         if lora_rank is not None:
             add_lora(model.encoder, lora_rank, lora_alpha, lora_dropout)
     goal.learn_scale(training[1])
-    training, validation = ((pair[0], goal.to_units(pair[1])) if pair else None for pair in (training, validation))
+    training = training[0], goal.to_units(training[1])
+    validation = validation and (validation[0], goal.to_units(validation[1]))
 
     named: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
     if layer_decay != 1.0 or unfreeze_every is not None:

@@ -1,4 +1,4 @@
-"""What fine-tuning works towards: the targets, the head that gives them, its loss and their scale, of one or several."""
+"""What fine-tuning works towards: targets, one or several, the heads that give them, their losses and their scale."""
 
 from __future__ import annotations
 
@@ -145,7 +145,9 @@ class Goals:
             goal.scale_head(model.head(name))
 
     def _parts(self, values: Tensor) -> tuple[Tensor, ...]:
-        return values.split([1 if goal.classes is not None else goal.targets.outputs for goal in self.goals.values()], 1)
+        return values.split(
+            [1 if goal.classes is not None else goal.targets.outputs for goal in self.goals.values()], 1
+        )
 
     def _side_by_side(self, values: dict[str, Tensor]) -> Tensor:
         return torch.cat([each.to(torch.float32).reshape(len(each), -1) for each in values.values()], 1)

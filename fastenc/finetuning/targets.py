@@ -52,7 +52,9 @@ def read_targets(y: Any, rows: int, task: str = "auto", name: str = "y") -> Targ
         raise DataError(f"{name} has two dimensions; classification needs one label for each row, as [{rows}]")
     classes, numbers = np.unique(labels, return_inverse=True)
     if len(classes) == 1:
-        raise DataError(f"{name} holds only the class {classes[0]!s}; classification needs rows of at least two classes")
+        raise DataError(
+            f"{name} holds only the class {classes[0]!s}; classification needs rows of at least two classes"
+        )
     return Targets(torch.from_numpy(numbers.astype(np.int64)), classes)
 
 
