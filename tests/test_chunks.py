@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fastenc
-from fastenc.data import ChunkedRows, DataError, Preprocessor, read_chunks
+from fastenc.data import ChunkedRows, Chunks, DataError, Preprocessor, load, read_chunks
 from fastenc.data import learning as learning_module
+from fastenc.data import tables as tables_module
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +222,69 @@ def test_bad_files_are_one_sentence(tmp_path, name, content, words):
     with pytest.raises(DataError, match=words) as error:
         list(read_chunks(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+LATE = ["2.5", "word", "true", "2020-01-01", "2020-01-01 10:00:00", "10:00:00"]
+
+
+@pytest.mark.parametrize("early", ["1", "", "0.5", "2020-01-02"])
+@pytest.mark.parametrize("late", LATE)
+def test_a_column_is_what_it_is_in_the_whole_file(tmp_path, monkeypatch, early, late):
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n" + f"{early},p\n" * 60 + f"{late},\"q\nr\"\n")
+    whole = load(path).features
+    monkeypatch.setattr(tables_module, "_BLOCK", 64)
+    chunks = Chunks(path, rows=7)
+    assert len(chunks) == 61
+    for _ in range(2):
+        found = pd.concat([chunk.features for chunk in chunks], ignore_index=True)
+        pd.testing.assert_frame_equal(found, whole, check_dtype=early != "")  # pandas makes an object of nothing
+
+
+def test_faults_beyond_the_first_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables_module, "_BLOCK", 64)
+    contents = {
+        "ragged.csv": (b"1,2,3\n", "has 3 fields in line 62 and 2 in its header"),
+        "latin.csv": (b"1,\xff\n", "is not UTF-8 text in column 1, counted from 0; save the file as UTF-8"),
+    }
+    for name, (line, words) in contents.items():
+        (tmp_path / name).write_bytes(b"a,b\n" + b"1,p\n" * 60 + line)
+        with pytest.raises(DataError, match=words):
+            list(Chunks(tmp_path / name))
+    path = tmp_path / "t.csv"
+    path.write_text("a,b,c\n" + "1,p,2\n" * 60 + ",q,2\n")
+    with pytest.raises(DataError, match=r"target column 'a' of .*t.csv has no value in 1 of 61 rows \(row 60, counted"):
+        list(Chunks(path, target="a", rows=7))
+    chunks = Chunks(path)
+    assert len(chunks) == 61
+    path.write_text("a,b,c\n" + "1,p,2\n" * 70)
+    with pytest.raises(DataError, match="had 61 rows and has 70 now"):
+        list(chunks)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_several_targets(files, ending):
+    folder, numbers = files
+    path = folder / f"t.{ending}"
+    frame = numbers.assign(word="w")
+    frame.to_csv(path, index=False) if ending == "csv" else frame.to_parquet(path)
+    chunks = list(Chunks(path, target=["n", "word"], rows=64))
+    assert np.array_equal(np.concatenate([chunk.target["n"] for chunk in chunks]), numbers["n"])
+    assert chunks[0].target["word"].tolist()[:2] == ["w", "w"]
+    assert list(chunks[0].features.columns) == ["x"]
+    with pytest.raises(DataError, match="no column besides the targets 'x' and 'n' and 'word'; give at least one feat"):
+        list(Chunks(path, target=["x", "n", "word"]))
+    with pytest.raises(DataError, match="the target 'n' is given twice"):
+        list(Chunks(path, target=["n", "n"]))
+
+
+def test_chunks_of_what_is_in_memory():
+    digits = load("digits")
+    chunks = list(Chunks("digits", rows=1000))
+    assert np.array_equal(np.concatenate([chunk.target for chunk in chunks]), digits.target)
+    frame = pd.DataFrame({"a": [1.0, 2.0], "b": ["x", "y"]})
+    assert Chunks(frame).columns == ["a", "b"]
+    assert Chunks(frame, rows=1, target="b").__iter__().__next__().target.tolist() == ["x"]
 
 
 def test_a_bad_row_in_a_later_chunk_is_named(files):

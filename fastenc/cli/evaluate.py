@@ -50,6 +50,9 @@ def evaluate(
     chunks = Chunks(data, target=target)
     if target is None and record is not None and (remembered := labels_of(chunks, record["target"])):
         chunks = Chunks(data, target=remembered)
+        if isinstance(record["target"], list):
+            others = ", ".join(record["target"][1:])
+            typer.echo(f"the labels are those in {remembered}; --target takes others, such as {others}", err=True)
     measured = read_rows(saved, record, data, chunks)
     report_rows(measured.dropped, measured.total, measured.unseen)
     report = measure_quality(

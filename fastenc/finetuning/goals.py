@@ -83,11 +83,20 @@ class Goals:
 
     Attributes:
         goals: by name.
-        weights: what the loss of each counts in the sum.
+        tasks: of the MultiTask.
+
+    Raises:
+        ValueError: a loss that is not for the target, or no weight.
     """
 
     def __init__(self, goals: dict[str, Goal], weights: dict[str, float]) -> None:
-        self.goals, self.weights = goals, weights
+        self.goals = goals
+        self.tasks = {}
+        for name, goal in goals.items():
+            if not isinstance(goal.loss, str) or (goal.loss == "cross_entropy") != (goal.classes is not None):
+                what = "numbers" if goal.classes is None else "classes"
+                raise ValueError(f"the target {name} holds {what} and its loss is {goal.loss!r}; leave that loss out")
+            self.tasks[name] = Task(goal.targets.outputs, goal.loss, weights[name])
 
     @property
     def classes(self) -> dict[str, np.ndarray | None]:
@@ -121,13 +130,7 @@ class Goals:
         return training, held_out
 
     def model(self, encoder: Encoder) -> MultiTask:
-        tasks = {}
-        for name, goal in self.goals.items():
-            if not isinstance(goal.loss, str) or (goal.loss == "cross_entropy") != (goal.classes is not None):
-                what = "numbers" if goal.classes is None else "classes"
-                raise ValueError(f"the target {name} holds {what} and its loss is {goal.loss!r}; leave that loss out")
-            tasks[name] = Task(goal.targets.outputs, goal.loss, self.weights[name])
-        return MultiTask(encoder, tasks)
+        return MultiTask(encoder, self.tasks)
 
     def loss_of(self, model: MultiTask) -> LossFunction:
         return model.loss
@@ -162,7 +165,9 @@ def read_goals(y: Any, rows: int, task: Any, loss: Any, weights: Mapping[str, fl
     """
     if not isinstance(y, Mapping):
         if weights is not None or isinstance(task, Mapping) or isinstance(loss, Mapping):
-            raise ValueError("there is one target, and task, loss or weights are given by name; name the targets in y")
+            raise ValueError(
+                "there is one target, and task, loss or weights are given by name; give them without names"
+            )
         return Goal(read_targets(y, rows, task), loss, scale)
     if not y:
         raise ValueError("y is an empty mapping; give at least one target")
