@@ -47,7 +47,8 @@ class RowStore:
         """All of them, float32 `[rows, features]`: an array, or a map of the file that may be written to."""
         if self._file is not None:
             self._file.flush()
-            return np.memmap(self._file, np.float32, "r+", shape=(self._rows, self._features))
+            with self._file:  # the map keeps it
+                return np.memmap(self._file, np.float32, "r+", shape=(self._rows, self._features))
         empty = np.empty((0, self._features), np.float32)
         return np.concatenate([empty, *self._blocks])
 

@@ -69,11 +69,12 @@ class CsvTables:
             *(pyarrow.null(), pyarrow.int64(), pyarrow.bool_(), pyarrow.float64(), pyarrow.date32()),
             *(pyarrow.time32("s"), pyarrow.timestamp("s"), pyarrow.timestamp("ns"), pyarrow.string()),
         ]  # in the order in which pyarrow tries them on a whole file
+        types: dict[str, Any] = {}
         while not self._settled or self._rows is None:
-            types: dict[str, Any] = {}
             try:
-                with self._open() as file:
-                    types = {field.name: field.type for field in file.schema}
+                if not types:
+                    with self._open() as file:
+                        types = {field.name: field.type for field in file.schema}
                 self._rows = sum(batch.num_rows for batch in self._blocks())
                 self._settled = True
             except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
@@ -81,7 +82,7 @@ class CsvTables:
                 name = list(types)[int(found[1])] if found else None
                 if name is None or types[name] not in wider[:-1]:
                     raise self._fault(error) from error
-                self._types[name] = wider[wider.index(types[name]) + 1]
+                types[name] = self._types[name] = wider[wider.index(types[name]) + 1]
 
     def _blocks(self) -> Iterator[Any]:
         pyarrow, seen = require("pyarrow", "reading CSV"), 0
