@@ -231,7 +231,7 @@ LATE = ["2.5", "word", "true", "2020-01-01", "2020-01-01 10:00:00", "10:00:00"]
 @pytest.mark.parametrize("late", LATE)
 def test_a_column_is_what_it_is_in_the_whole_file(tmp_path, monkeypatch, early, late):
     path = tmp_path / "t.csv"
-    path.write_text("a,b\n" + f"{early},p\n" * 60 + f"{late},\"q\nr\"\n")
+    path.write_text("a,b\n" + f"{early},p\n" * 60 + f'{late},"q\nr"\n')
     whole = load(path).features
     monkeypatch.setattr(tables_module, "_BLOCK", 64)
     chunks = Chunks(path, rows=7)

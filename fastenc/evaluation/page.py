@@ -22,7 +22,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; 
 h2 { margin-top: 2em } table { border-collapse: collapse; margin: 1em 0 }
 th, td { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: right }
 td:first-child, th:first-child { text-align: left } td { white-space: nowrap }
-figure { margin: 1em 0; overflow-x: auto } figure table { margin: 0 } svg { max-width: 100%; min-width: 36em; height: auto }
+figure { margin: 1em 0; overflow-x: auto }
+figure table { margin: 0 } svg { max-width: 100%; min-width: 36em; height: auto }
 h1 { overflow-wrap: anywhere } p.note { background: #fff3cd; padding: .4em .8em }
 @media (max-width: 40em) { body { margin: 1em auto } th, td { padding: .25em .5em } }
 """
