@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -205,8 +207,15 @@ def test_options_that_do_not_go_together_are_one_sentence(people, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
-def test_images_are_moved(tmp_path):
-    pytest.importorskip("torchvision", exc_type=ImportError)
+def test_images_are_moved(tmp_path, monkeypatch):
+    """With a stand-in for torchvision, whose transform tells what it was made of."""
+    v2 = ModuleType("torchvision.transforms.v2")
+    v2.RandomAffine = lambda degrees, translate: translate[0]
+    v2.RandomResizedCrop = lambda size, scale, antialias: scale[0]
+    v2.RandomHorizontalFlip = lambda: 1.0
+    v2.Compose = lambda steps: lambda image: image.flip(-1) * sum(steps)
+    for name, module in (("torchvision", v2), ("torchvision.transforms", v2), (v2.__name__, v2)):
+        monkeypatch.setitem(sys.modules, name, module)
     arguments = ["--image", "8x8", "--shift", 0.2, "--crop", 0.8, "--flip", "--validation-split", 0]
     succeed("finetune", "digits", "--out", tmp_path / "m", *SMALL, "--epochs", 1, *arguments)
     digits = load("digits")
