@@ -9,12 +9,13 @@ from .evaluation import EvaluationReport, evaluate
 from .explain import explain
 from .finetuning import FineTuned, GradualUnfreezing, finetune
 from .functional import encoder, fused_dense
+from .loading import load_pretrained
 from .lora import add_lora, load_lora, merge_lora, save_lora
 from .modules import FusedDense
 from .multitask import MultiTask, Task
 from .ops import use_backend
 from .plain import to_plain
-from .pretrained import ModelFileError, load_preprocessing, load_pretrained
+from .pretrained import ModelFileError, load_preprocessing
 from .training import Callback, EarlyStopping, History, Trainer
 from .tune import tune
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,69 +9,76 @@ from typing import Any
 import numpy as np
 
 from .data import Data, DataError, Prepared, Preprocessor, load
+from .data.sources import target_part
 from .finetuning import FineTuned, finetune
-from .pipeline import SavedModel, naming, take
-from .record import split_rows, write_record
+from .pipeline import SavedModel, naming, one_sentence, take
+from .record import fingerprint, split_rows, write_record
 
 
 @dataclass(frozen=True)
 class Labelled:
     """Rows with labels, prepared and split.
 
-    x, y          all usable rows, float32 [rows, features], and their labels
+    y             the labels of all usable rows, or a dict of several targets by name
     is_held_out   bool [rows]: what is not trained on
     unlabelled    float32 [rows, features] to pre-train on; None for the training rows
     """
 
     source: Data
     prepared: Prepared
-    y: np.ndarray
+    y: Any
     is_held_out: np.ndarray
     preprocessor: Preprocessor | None
     unlabelled: np.ndarray | None
 
 
-def load_with_labels(data: str, target: str | None) -> Data:
+def load_with_labels(data: str, target: str | list[str] | None) -> Data:
     """DATA with its labels: a column of a table; for a .npy file another one with a label for each row.
+
+    Several targets are by name in a dict: that of the column, or of the file without its ending.
 
     Raises:
         DataError: there are no labels, or as `load`.
     """
-    if target is not None and target.endswith(".npy") and data.endswith(".npy"):
+    named = [] if target is None else [target] if isinstance(target, str) else target
+    if named and data.endswith(".npy") and all(name.endswith(".npy") for name in named):
         source = load(data)
-        try:
-            labels = np.load(target, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{target} cannot be read as labels; give a .npy file of numbers or text") from error
-        if labels.shape != (len(source),):
-            raise DataError(
-                f"{target} has shape {list(labels.shape)} and {data} has {len(source)} rows; give one label for each"
-            )
-        return Data(source.name, source.features, labels)
+        labels = {Path(name).stem: _labels_in(name, data, len(source)) for name in named}
+        if len(labels) < len(named):
+            raise DataError("two of the files of labels have the same name; rename one of them")
+        return Data(source.name, source.features, labels if isinstance(target, list) else next(iter(labels.values())))
     source = load(data, target=target)
     if source.target is None:
         raise DataError(f"{data} has no labels to learn; name their column by --target, or for .npy a file of labels")
     return source
 
 
+def _labels_in(file: str, data: str, rows: int) -> np.ndarray:
+    try:
+        labels = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{file} cannot be read as labels; give a .npy file of numbers or text") from error
+    if labels.shape != (rows,):
+        raise DataError(f"{file} has shape {list(labels.shape)} and {data} has {rows} rows; give one label for each")
+    return labels
+
+
 def prepare(
     data: str,
-    target: str | None,
+    target: str | list[str] | None,
     encoder: Path | None,
     unlabelled: str | None,
-    missing: str,
-    scale: str,
+    preprocessor: Preprocessor,
     validation_split: float,
     seed: int,
 ) -> Labelled:
-    """Read and split the data, and learn its preprocessing: the encoder's own if there is one, else from the unlabelled
-    rows or, without these, from those that are trained on.
+    """Read and split the data, and learn its preprocessing: the encoder's own if there is one; else `preprocessor`,
+    which is new, learns from the unlabelled rows or, without these, from those that are trained on.
 
     Raises:
         DataError: bad data, or a split that leaves nothing to train on.
     """
     source = load_with_labels(data, target)
-    assert source.target is not None
     kept, held_out = split_rows(len(source), validation_split, seed)
     if len(kept) == 0 or (validation_split > 0.0 and len(held_out) == 0):
         raise DataError(
@@ -83,19 +88,18 @@ def prepare(
     other = None if unlabelled is None else load(unlabelled).features
     if encoder is not None:
         saved = SavedModel(encoder)
-        preprocessor = saved.preprocessor
+        own = saved.preprocessor
         prepared = saved.prepare(data, source.features)
         more = None if unlabelled is None else saved.prepare(unlabelled, other).x
     else:
         with naming(data if unlabelled is None else unlabelled):
             rows = take(source.features, np.sort(kept)) if other is None else _same_columns(other, source.features)
-            preprocessor = Preprocessor(missing, scale).fit(rows)
+            own = preprocessor.fit(rows)
         with naming(data):
-            prepared = preprocessor.transform(source.features)
-        more = None if other is None else preprocessor.transform(other).x
-    return Labelled(
-        source, prepared, source.target[prepared.rows], np.isin(prepared.rows, held_out), preprocessor, more
-    )
+            prepared = own.transform(source.features)
+        more = None if other is None else own.transform(other).x
+    labels = target_part(source.target, prepared.rows)
+    return Labelled(source, prepared, labels, np.isin(prepared.rows, held_out), own, more)
 
 
 def train(labelled: Labelled, **options: Any) -> FineTuned:
@@ -105,34 +109,42 @@ def train(labelled: Labelled, **options: Any) -> FineTuned:
         DataError: as it does, and for options that are wrong or do not go together.
     """
     x, y, held_out = labelled.prepared.x, labelled.y, labelled.is_held_out
-    validation = (x[held_out], y[held_out]) if held_out.any() else None
-    if validation and y.dtype.kind not in "f" and options["task"] != "regression" and len(set(validation[1])) == 1:
-        raise DataError(
-            f"the {held_out.sum()} rows to validate on are all of the class {validation[1][0]}; raise "
-            "--validation-split, or change --seed"
-        )
-    with _one_sentence():
+    validation = (x[held_out], target_part(y, held_out)) if held_out.any() else None
+    if validation:
+        task, parts = options["task"], validation[1] if isinstance(y, dict) else {"": validation[1]}
+        for name, labels in parts.items():
+            kind = task.get(name, "auto") if isinstance(task, dict) else task
+            if labels.dtype.kind != "f" and kind != "regression" and len(set(labels.tolist())) == 1:
+                what = f"the class {labels[0]}" + f" in {name}" * bool(name)
+                raise DataError(
+                    f"the {len(labels)} rows to validate on are all of {what}; raise --validation-split, or change "
+                    "--seed"
+                )
+    with one_sentence():
         return finetune(
-            x[~held_out], y[~held_out], validation_data=validation, unlabelled=labelled.unlabelled, **options
+            x[~held_out],
+            target_part(y, ~held_out),
+            validation_data=validation,
+            unlabelled=labelled.unlabelled,
+            **options,
         )
 
 
-def save(result: FineTuned, labelled: Labelled, out: Path, held_out: float, seed: int, target: str | None) -> None:
+def save(
+    result: FineTuned, labelled: Labelled, out: Path, held_out: float, seed: int, target: str | list[str] | None
+) -> None:
     """Save the model with its preprocessing, and beside it how it was trained and what its outputs stand for."""
     preprocessor = labelled.preprocessor
     result.model.save_pretrained(out, preprocessing=None if preprocessor is None else preprocessor.to_dict())
     split: dict[str, Any] = {"rows": len(labelled.source), "held_out": held_out, "seed": seed, "target": target}
-    classes = None if result.classes is None else [str(label) for label in result.classes]
-    write_record(out, labelled.prepared.x, **split, history=result.history.history, classes=classes)
+    classes = result.classes
+    named = {name: _texts(each) for name, each in classes.items()} if isinstance(classes, dict) else _texts(classes)
+    data = fingerprint(labelled.prepared.x)
+    write_record(out, data, **split, history=result.history.history, classes=named)
 
 
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Options that do not go together are an error of the user's on the command line."""
-    try:
-        yield
-    except ValueError as error:
-        raise error if isinstance(error, DataError) else DataError(str(error)) from error
+def _texts(labels: np.ndarray | None) -> list[str] | None:
+    return None if labels is None else [str(label) for label in labels]
 
 
 def _same_columns(other: Any, features: Any) -> Any:

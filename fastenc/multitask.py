@@ -17,7 +17,7 @@ from .modules import FusedDense
 from .pretrained import Pretrained
 from .training.losses import LOSSES, fit_target, get_loss
 
-_OF_SEVERAL_ROWS = ("info_nce", "triplet")
+ONE_ROW_LOSSES = tuple(name for name in LOSSES if name not in ("info_nce", "triplet"))
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class Task:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES or self.loss in _OF_SEVERAL_ROWS:
-            known = ", ".join(name for name in LOSSES if name not in _OF_SEVERAL_ROWS)
-            raise ValueError(f"a task's loss is {self.loss!r}; give one of {known}")
+        if self.loss not in ONE_ROW_LOSSES:
+            raise ValueError(f"a task's loss is {self.loss!r}; give one of {', '.join(ONE_ROW_LOSSES)}")
         if not isinstance(self.outputs, int) or self.outputs < 1:
             raise ValueError(f"a task has {self.outputs!r} outputs; give a whole number of at least 1")
         if not 0.0 <= self.weight < float("inf"):
@@ -71,9 +70,12 @@ class MultiTask(Pretrained, nn.Module):
         weight = cast(FusedDense, encoder.layers[0]).weight
         self.encoder = encoder
         self.tasks = dict(tasks)
+        # Whatever a task is called, as a column may be: a ModuleDict takes no dots and no names of its methods.
+        plain = all(name and "." not in name and not hasattr(nn.ModuleDict(), name) for name in tasks)
+        self._keys = {name: name if plain else f"task_{index}" for index, name in enumerate(tasks)}
         self.heads = nn.ModuleDict(
             {
-                name: FusedDense(
+                self._keys[name]: FusedDense(
                     encoder.out_features, task.outputs, activation="identity", device=weight.device, dtype=weight.dtype
                 )
                 for name, task in tasks.items()
@@ -89,6 +91,10 @@ class MultiTask(Pretrained, nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MultiTask:
         return cls(Encoder(**config["encoder"]), {name: Task(**task) for name, task in config["tasks"]})
+
+    def head(self, task: str) -> FusedDense:
+        """The linear layer of a task."""
+        return cast(FusedDense, self.heads[self._keys[task]])
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder(x)

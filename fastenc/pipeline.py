@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from .data import Data, DataError, Prepared, Preprocessor, as_rows, load
-from .pretrained import MODEL_FILE, load_preprocessing, load_pretrained
-from .record import fingerprint, split_rows
+from .data import Chunks, Data, DataError, Prepared, Preprocessor, as_rows
+from .data.sources import target_part
+from .loading import load_pretrained
+from .pretrained import MODEL_FILE, load_preprocessing
+from .record import split_rows
 
 CHUNK_ROWS = 16_384
 MIN_EVALUATION_ROWS = 4
 OWN_SPLIT = 0.3  # share that is scored where the model has no held-out rows in the data
 OWN_SEED = 0
+
+
+def existing_parent(folder: Path) -> Path:
+    """The folder above, or the one above that, and so on, that is there."""
+    return next(path for path in folder.absolute().parents if path.exists())
 
 
 def check_model_folder(folder: Path) -> None:
@@ -32,7 +38,7 @@ def check_model_folder(folder: Path) -> None:
             raise DataError(f"{folder} holds something else than a fastenc model; give a new or empty folder to --out")
     elif folder.exists():
         raise DataError(f"{folder} is a file; give a folder to --out")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    parent = folder if folder.exists() else existing_parent(folder)
     if not os.access(parent, os.W_OK):
         raise DataError(f"{parent} cannot be written to; change its permissions, or give another folder to --out")
 
@@ -43,16 +49,24 @@ def naming(source: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
+        if source in str(error):
+            raise
         raise DataError(f"{source}: {error}") from error
 
 
-def load_labelled(source: str, target: str | None, remembered: str | None) -> Data:
-    """The data with its labels: those in `target` or, if that is None and there is such a column, in `remembered`."""
-    data = load(source, target=target)
-    if data.target is None and target is None and remembered in getattr(data.features, "columns", ()):
-        with naming(source):
-            return replace(load(data.features, target=remembered), name=data.name)
-    return data
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Options that do not go together are an error of the user's on the command line."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if isinstance(error, DataError) else DataError(str(error)) from error
+
+
+def labels_of(chunks: Chunks, remembered: str | list[str] | None) -> str | None:
+    """The column of labels that a model was trained with, of several the first, if there is such a column."""
+    first = remembered[0] if isinstance(remembered, list) else remembered
+    return first if first in (chunks.columns or ()) else None
 
 
 def take(features: Any, rows: np.ndarray) -> Any:
@@ -81,26 +95,61 @@ class SavedModel:
         with naming(source):
             if self.preprocessor is not None:
                 return self.preprocessor.transform(features)
-            x = as_rows(features, name="the data", features=self.encoder.in_features, writable=False).numpy()
-            # What shares memory with a read-only map must say so: to write to it would end the process.
-            x.flags.writeable = not (isinstance(features, np.ndarray) and not features.flags.writeable)
-            return Prepared(x, np.arange(len(x)), dropped=0, unseen=0)
+            return self._as_they_are(features, 0)
 
-    def prepare_blocks(self, source: str, features: Any) -> Iterator[Prepared]:
-        """The same in blocks of rows one after the other, so that a memory map need not be whole in memory."""
-        if self.preprocessor is None:
-            yield self.prepare(source, features)
-            return
+    def prepare_chunks(self, source: str, chunks: Iterable[Data]) -> Iterator[tuple[Prepared, Any]]:
+        """The same block by block, each with its targets: of a file that need not be whole in memory."""
+        start, current = 0, None
+
+        def features() -> Iterator[Any]:
+            nonlocal start, current
+            for chunk in chunks:
+                start, current = start + (0 if current is None else len(current)), chunk
+                yield chunk.features
+
         with naming(source):
-            yield from self.preprocessor.transform_blocks(features)
+            if self.preprocessor is not None:
+                blocks = self.preprocessor.transform_chunks(features())
+            else:
+                blocks = (self._as_they_are(each, start) for each in features())
+            for block in blocks:
+                assert current is not None
+                yield block, target_part(current.target, block.rows - start)
 
-    def codes(self, x: np.ndarray) -> Iterator[np.ndarray]:
-        """float32 `[rows, features]` to codes, float32 `[rows of a chunk, code size]`, chunk by chunk."""
-        return run_in_chunks(self.encoder, x)
+    def _as_they_are(self, features: Any, start: int) -> Prepared:
+        try:
+            x = as_rows(features, name="the data", features=self.encoder.in_features, writable=False).numpy()
+        except DataError as error:
+            if start == 0:
+                raise
+            raise DataError(f"in rows {start} to {start + len(features) - 1}: {error}") from error
+        # What shares memory with a read-only map must say so: to write to it would end the process.
+        x.flags.writeable = not (isinstance(features, np.ndarray) and not features.flags.writeable)
+        return Prepared(x, np.arange(start, start + len(x)), dropped=0, unseen=0)
 
-    def reconstruction(self, x: np.ndarray) -> np.ndarray | None:
-        """What the decoder makes of the codes of `x`, float32 of its shape; None if the model has no decoder."""
-        return np.concatenate(list(run_in_chunks(self.model, x))) if hasattr(self.model, "decode") else None
+    def codes(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Blocks of rows, float32 `[rows, features]`, to their codes, float32 `[rows of a chunk, code size]`.
+
+        How the rows are cut into blocks changes no bit of the codes.
+        """
+        for piece in in_pieces(blocks, CHUNK_ROWS):
+            yield from run_in_chunks(self.encoder, piece)
+
+
+def in_pieces(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """The rows of blocks of any length in pieces of `rows`, the last of what is left."""
+    held: list[np.ndarray] = []
+    missing = rows
+    for block in blocks:
+        while len(block) >= missing:
+            held.append(block[:missing])
+            yield held[0] if len(held) == 1 else np.concatenate(held)
+            held, block, missing = [], block[missing:], rows
+        if len(block):
+            held.append(block)
+            missing -= len(block)
+    if held:
+        yield np.concatenate(held)
 
 
 def run_in_chunks(model: nn.Module, x: np.ndarray) -> Iterator[np.ndarray]:
@@ -116,19 +165,22 @@ def run_in_chunks(model: nn.Module, x: np.ndarray) -> Iterator[np.ndarray]:
         yield out
 
 
-def rows_to_score(prepared: Prepared, record: dict[str, Any] | None, source: str) -> tuple[np.ndarray, np.ndarray, str]:
-    """Which rows of `prepared` to fit the comparisons on, which to score, and a sentence that says why.
+def rows_to_score(
+    rows: np.ndarray, fingerprint: str, record: dict[str, Any] | None, source: str
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Which of the prepared rows to fit the comparisons on, which to score, and a sentence that says why.
 
     With the data that the model was trained on, the rows it was trained on and those that were held out; else a split
-    of its own.
+    of its own. `rows` `[prepared]` are their numbers in the source.
     """
-    rows = len(prepared.x)
-    if rows < MIN_EVALUATION_ROWS:
-        raise DataError(f"{source} has {rows} usable rows and evaluate needs at least {MIN_EVALUATION_ROWS}; add some")
-    trained_on = record is not None and record["data_sha256"] == fingerprint(prepared.x)
+    if len(rows) < MIN_EVALUATION_ROWS:
+        raise DataError(
+            f"{source} has {len(rows)} usable rows and evaluate needs at least {MIN_EVALUATION_ROWS}; add some"
+        )
+    trained_on = record is not None and record["rows_sha256"] == fingerprint
     if record is not None and trained_on:
         _, held_out = split_rows(record["rows"], record["held_out"], record["seed"])
-        is_held_out = np.isin(prepared.rows, held_out)
+        is_held_out = np.isin(rows, held_out)
         fit_rows, score_rows = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
         if len(score_rows):
             why = (
@@ -136,7 +188,7 @@ def rows_to_score(prepared: Prepared, record: dict[str, Any] | None, source: str
                 f"PCA and the classifiers are fitted on the other {len(fit_rows)}, as the model was."
             )
             return fit_rows, score_rows, why
-    fit_rows, score_rows = split_rows(rows, OWN_SPLIT, OWN_SEED)
+    fit_rows, score_rows = split_rows(len(rows), OWN_SPLIT, OWN_SEED)
     why = (
         f"Scored on {len(score_rows)} rows of {source}, chosen at random; PCA and the classifiers are fitted on the "
         f"other {len(fit_rows)}."

@@ -99,19 +99,7 @@ class Pretrained:
         Raises:
             ModelFileError: the folder holds no intact model of this class; the message says what to do.
         """
-        return _load(Path(folder), device, {cls.__name__: cls})
-
-
-def load_pretrained(folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Any:
-    """Load whichever fastenc model `folder` holds: Encoder, AutoEncoder, Classifier or Regressor, in eval mode.
-
-    Raises:
-        ModelFileError: as `Pretrained.from_pretrained`.
-    """
-    from .encoder import AutoEncoder, Classifier, Encoder, Regressor
-
-    classes = {"Encoder": Encoder, "AutoEncoder": AutoEncoder, "Classifier": Classifier, "Regressor": Regressor}
-    return _load(Path(folder), device, classes)
+        return load_as(Path(folder), device, {cls.__name__: cls})
 
 
 def load_preprocessing(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -128,7 +116,12 @@ def load_preprocessing(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         raise _damaged(path, error) from None
 
 
-def _load(folder: Path, device: torch.device | str | None, classes: dict[str, type]) -> Any:
+def load_as(folder: Path, device: torch.device | str | None, classes: dict[str, type]) -> Any:
+    """The model in `folder`, which is of one of `classes`, by name.
+
+    Raises:
+        ModelFileError: as `Pretrained.from_pretrained`.
+    """
     path = _model_path(folder)
     try:
         with safe_open(path, "pt") as file:

@@ -25,10 +25,27 @@ def split_rows(rows: int, fraction: float, seed: int) -> tuple[np.ndarray, np.nd
     return order[held_out:], order[:held_out]
 
 
+class Fingerprint:
+    """sha256 of rows that come one block after the other: the same for any blocks, and from any format of file."""
+
+    def __init__(self) -> None:
+        self._digest, self._shape = hashlib.sha256(), (0, 0)
+
+    def add(self, x: np.ndarray) -> None:
+        """Some more rows, float32 `[rows, features]`."""
+        self._digest.update(np.ascontiguousarray(x).data)
+        self._shape = (self._shape[0] + len(x), x.shape[1])
+
+    def hexdigest(self) -> str:
+        whole = self._digest.copy()
+        whole.update(f" float32 {self._shape}".encode())
+        return whole.hexdigest()
+
+
 def fingerprint(x: np.ndarray) -> str:
-    """sha256 of the shape and the bytes of an array; rows read again from another file format give the same."""
-    digest = hashlib.sha256(f"{x.dtype.str} {x.shape}".encode())
-    digest.update(np.ascontiguousarray(x).data)
+    """The Fingerprint of all rows at once."""
+    digest = Fingerprint()
+    digest.add(x)
     return digest.hexdigest()
 
 
@@ -42,31 +59,31 @@ def file_sha256(path: Path) -> str:
 
 def write_record(
     folder: str | os.PathLike[str],
-    x: np.ndarray,
+    data: str,
     *,
     rows: int,
     held_out: float,
     seed: int,
-    target: str | None,
+    target: str | list[str] | None,
     history: dict[str, list[float]],
-    classes: list[str] | None = None,
+    classes: list[str] | dict[str, list[str] | None] | None = None,
 ) -> None:
     """Write how the model that lies in `folder` was trained beside it, tied to the model's bytes.
 
     Call it after `save_pretrained`. If it never comes to that, the record there is another model's and is not believed.
 
     Args:
-        x: all rows after preprocessing, float32; only their fingerprint is kept.
+        data: the fingerprint of all rows after preprocessing.
         rows: of the source, before preprocessing dropped any.
         held_out, seed: `split_rows(rows, held_out, seed)` are the rows that were trained on and those that were not.
-        target: the column of labels.
+        target: the column of labels, or several.
         history: of the Trainer.
-        classes: of a Classifier, what its outputs stand for.
+        classes: of a Classifier, what its outputs stand for; of a MultiTask, those of each task.
     """
     folder = Path(folder)
     temporary = folder / f".{RECORD_FILE}.{os.getpid()}.tmp"
     try:
-        record = {"model_sha256": file_sha256(folder / MODEL_FILE), "data_sha256": fingerprint(x), "rows": rows}
+        record = {"model_sha256": file_sha256(folder / MODEL_FILE), "rows_sha256": data, "rows": rows}
         record |= {"held_out": held_out, "seed": seed, "target": target, "history": history}
         record |= {} if classes is None else {"classes": classes}
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -80,6 +97,7 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     folder = Path(folder)
     try:
         record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        return record if record["model_sha256"] == file_sha256(folder / MODEL_FILE) else None
+        known = "rows_sha256" in record and record["model_sha256"] == file_sha256(folder / MODEL_FILE)
+        return record if known else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

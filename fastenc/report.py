@@ -6,7 +6,7 @@ Rows are those after preprocessing: float32 `[rows, features]`. scikit-learn doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,9 +160,14 @@ def evaluate_codes(
     return Evaluation(len(fit_rows), len(score_rows), codes.shape[1], errors, accuracy, notes)
 
 
-def dead_units(codes: np.ndarray) -> list[int]:
-    """The columns of `codes` `[rows, code size]` that hold one value for every row, and so tell nothing."""
-    return np.flatnonzero(np.ptp(codes, axis=0) == 0).tolist()
+def dead_units(codes: np.ndarray | Iterable[np.ndarray]) -> list[int]:
+    """The columns of `codes` `[rows, code size]` that hold one value for every row, and so tell nothing.
+
+    The rows may come in blocks, none of them without rows.
+    """
+    ranges = [(block.min(0), block.max(0)) for block in ([codes] if isinstance(codes, np.ndarray) else codes)]
+    low, high = (np.array(each) for each in zip(*ranges, strict=True))
+    return np.flatnonzero(low.min(0) == high.max(0)).tolist()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

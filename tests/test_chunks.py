@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import fastenc
-from fastenc.data import ChunkedRows, DataError, Preprocessor, read_chunks
+from fastenc.data import ChunkedRows, Chunks, DataError, Preprocessor, load, read_chunks
 from fastenc.data import learning as learning_module
+from fastenc.data import tables as tables_module
 
 
 @pytest.fixture(scope="module")
@@ -39,30 +40,31 @@ def in_chunks(preprocessor, frame, size=64):
     return preprocessor
 
 
-def states_agree(one, other):
-    one, other = one.to_dict(), other.to_dict()
-    for numbers in ("medians", "scaler"):
-        first, second = one.pop(numbers), other.pop(numbers)
-        if isinstance(first, dict):
-            assert first.keys() == second.keys()
-            for name in first:
-                # Sums of 500 float64 numbers around 1e4, whose mean square is 1e7 times the variance.
-                np.testing.assert_allclose(first[name], second[name], rtol=1e-8)
-        else:
-            assert first == second
-    assert one == other
-
-
 @pytest.mark.parametrize("scale", ["standard", "minmax", "none"])
 @pytest.mark.parametrize("missing", ["impute", "drop"])
 def test_learned_in_chunks_is_learned_at_once(table, missing, scale):
     whole = Preprocessor(missing, scale).fit(table)
     chunks = in_chunks(Preprocessor(missing, scale), table.iloc[:, ::-1].iloc[:, ::-1])
-    states_agree(chunks, whole)
+    assert chunks.to_dict() == whole.to_dict()
     assert chunks.feature_names == whole.feature_names
-    np.testing.assert_allclose(chunks.transform(table).x, whole.transform(table).x, rtol=1e-6, atol=1e-6)
     again = Preprocessor.from_dict(chunks.to_dict())
     assert np.array_equal(again.transform(table).x, chunks.transform(table).x)
+
+
+@pytest.mark.parametrize("size", [1, 37, 2_048, 20_000])
+def test_the_size_of_chunks_changes_no_bit(monkeypatch, size):
+    frame = values_frame(np.random.default_rng(0).normal(1e4, 3.0, (30_000, 1)))
+    whole = Preprocessor().fit(frame)
+    chunks = Preprocessor()
+    for start in range(0, 2_000 if size == 1 else len(frame), size):
+        chunks.partial_fit(frame.iloc[start : start + size])
+        if start % 7 == 0:
+            chunks.to_dict()  # to be asked in between changes nothing
+    assert chunks.to_dict() == (whole if size > 1 else Preprocessor().fit(frame[:2_000])).to_dict()
+    monkeypatch.setattr(learning_module, "KEPT_VALUES", 10_000)
+    sampled = [in_chunks(Preprocessor(), frame, rows).to_dict() for rows in (30_000, 1_000)]
+    assert sampled[0] == sampled[1]
+    assert sampled[0] != whole.to_dict()
 
 
 def test_constant_columns_in_chunks_become_exactly_zero(table):
@@ -75,7 +77,7 @@ def test_it_can_be_used_between_chunks(table):
     first = preprocessor.to_dict()["medians"]
     preprocessor.partial_fit(table.iloc[400:])
     assert preprocessor.to_dict()["medians"] != first
-    states_agree(preprocessor, Preprocessor().fit(table.iloc[300:]))
+    assert preprocessor.to_dict() == Preprocessor().fit(table.iloc[300:]).to_dict()
 
 
 def test_the_median_of_very_many_values_is_of_an_even_sample(monkeypatch):
@@ -99,7 +101,7 @@ def test_faults_of_chunks_are_one_sentence(table):
     with pytest.raises(DataError, match=r"column 'late' has no value in any of the 100 training rows; remove it"):
         Preprocessor().partial_fit(table.iloc[:100].drop(columns="n")).transform(table)
     with pytest.raises(DataError, match="every row has a missing value, 100 of 100"):
-        Preprocessor("drop").partial_fit(table.iloc[:100]).transform(table)
+        Preprocessor("drop").partial_fit(np.array([[1.0, np.nan], [np.nan, 1.0]] * 50)).transform(table)
     strict = Preprocessor("error").partial_fit(np.ones((10, 2)))
     with pytest.raises(DataError, match=r"in 1 of 13 rows \(row 11, counted from 0\)"):
         strict.partial_fit(np.array([[1.0, 2.0], [np.nan, 3.0], [1.0, 1.0]]))
@@ -152,7 +154,7 @@ def test_hashed_text():
     assert prepared.unseen == 0
     again = Preprocessor.from_dict(preprocessor.to_dict())
     assert np.array_equal(again.transform(frame).x, prepared.x)
-    states_agree(in_chunks(Preprocessor(text="hash", hash_size=256), frame, 2), preprocessor)
+    assert in_chunks(Preprocessor(text="hash", hash_size=256), frame, 2).to_dict() == preprocessor.to_dict()
     many = pd.DataFrame({"id": [f"id {i}" for i in range(2000)]})
     assert Preprocessor(text="hash", hash_size=8).fit(many).transform(many).x.shape == (2000, 8)
 
@@ -220,6 +222,69 @@ def test_bad_files_are_one_sentence(tmp_path, name, content, words):
     with pytest.raises(DataError, match=words) as error:
         list(read_chunks(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+LATE = ["2.5", "word", "true", "2020-01-01", "2020-01-01 10:00:00", "10:00:00"]
+
+
+@pytest.mark.parametrize("early", ["1", "", "0.5", "2020-01-02"])
+@pytest.mark.parametrize("late", LATE)
+def test_a_column_is_what_it_is_in_the_whole_file(tmp_path, monkeypatch, early, late):
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n" + f"{early},p\n" * 60 + f'{late},"q\nr"\n')
+    whole = load(path).features
+    monkeypatch.setattr(tables_module, "_BLOCK", 64)
+    chunks = Chunks(path, rows=7)
+    assert len(chunks) == 61
+    for _ in range(2):
+        found = pd.concat([chunk.features for chunk in chunks], ignore_index=True)
+        pd.testing.assert_frame_equal(found, whole, check_dtype=early != "")  # pandas makes an object of nothing
+
+
+def test_faults_beyond_the_first_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables_module, "_BLOCK", 64)
+    contents = {
+        "ragged.csv": (b"1,2,3\n", "has 3 fields in line 62 and 2 in its header"),
+        "latin.csv": (b"1,\xff\n", "is not UTF-8 text in column 1, counted from 0; save the file as UTF-8"),
+    }
+    for name, (line, words) in contents.items():
+        (tmp_path / name).write_bytes(b"a,b\n" + b"1,p\n" * 60 + line)
+        with pytest.raises(DataError, match=words):
+            list(Chunks(tmp_path / name))
+    path = tmp_path / "t.csv"
+    path.write_text("a,b,c\n" + "1,p,2\n" * 60 + ",q,2\n")
+    with pytest.raises(DataError, match=r"target column 'a' of .*t.csv has no value in 1 of 61 rows \(row 60, counted"):
+        list(Chunks(path, target="a", rows=7))
+    chunks = Chunks(path)
+    assert len(chunks) == 61
+    path.write_text("a,b,c\n" + "1,p,2\n" * 70)
+    with pytest.raises(DataError, match="had 61 rows and has 70 now"):
+        list(chunks)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_several_targets(files, ending):
+    folder, numbers = files
+    path = folder / f"t.{ending}"
+    frame = numbers.assign(word="w")
+    frame.to_csv(path, index=False) if ending == "csv" else frame.to_parquet(path)
+    chunks = list(Chunks(path, target=["n", "word"], rows=64))
+    assert np.array_equal(np.concatenate([chunk.target["n"] for chunk in chunks]), numbers["n"])
+    assert chunks[0].target["word"].tolist()[:2] == ["w", "w"]
+    assert list(chunks[0].features.columns) == ["x"]
+    with pytest.raises(DataError, match="no column besides the targets 'x' and 'n' and 'word'; give at least one feat"):
+        list(Chunks(path, target=["x", "n", "word"]))
+    with pytest.raises(DataError, match="the target 'n' is given twice"):
+        list(Chunks(path, target=["n", "n"]))
+
+
+def test_chunks_of_what_is_in_memory():
+    digits = load("digits")
+    chunks = list(Chunks("digits", rows=1000))
+    assert np.array_equal(np.concatenate([chunk.target for chunk in chunks]), digits.target)
+    frame = pd.DataFrame({"a": [1.0, 2.0], "b": ["x", "y"]})
+    assert Chunks(frame).columns == ["a", "b"]
+    assert Chunks(frame, rows=1, target="b").__iter__().__next__().target.tolist() == ["x"]
 
 
 def test_a_bad_row_in_a_later_chunk_is_named(files):

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 import fastenc
 from fastenc import cli, pipeline
 from fastenc.backends import BACKENDS
-from fastenc.data import Preprocessor
-from fastenc.pretrained import load_preprocessing, load_pretrained
+from fastenc.data import Preprocessor, load
+from fastenc.loading import load_pretrained
+from fastenc.pretrained import load_preprocessing
 from fastenc.record import split_rows
 
 SMALL = ["--widths", "32,8", "--epochs", "3", "--batch-size", "64"]
@@ -92,7 +93,7 @@ def test_train_reports_and_saves(digits_model):
 
 def test_preprocessing_is_learned_from_the_training_rows_only(digits_model):
     folder, _ = digits_model
-    features = pipeline.load("digits").features
+    features = load("digits").features
     kept, held_out = split_rows(1797, 0.1, 0)
     assert load_preprocessing(folder) == Preprocessor().fit(features[np.sort(kept)]).to_dict()
     assert len(held_out) == 180
@@ -105,7 +106,7 @@ def test_encode_writes_what_the_model_gives(digits_model, tmp_path, ending):
     assert f"1797 vectors of 8 numbers written to {path}" in succeed("encode", folder, "digits", "-o", path)
     read = {"npy": np.load, "csv": pd.read_csv, "parquet": pd.read_parquet}[ending]
     vectors = np.asarray(read(path), np.float32)
-    x = Preprocessor.from_dict(load_preprocessing(folder)).transform(pipeline.load("digits").features).x
+    x = Preprocessor.from_dict(load_preprocessing(folder)).transform(load("digits").features).x
     with torch.inference_mode():
         expected = load_pretrained(folder).encode(torch.from_numpy(x)).numpy()
     np.testing.assert_array_equal(vectors, expected)
@@ -129,7 +130,7 @@ def test_evaluate_scores_the_held_out_rows(digits_model, tmp_path):
     assert "Scored on the 180 rows that were held out" in output
     figures = json.loads((tmp_path / "figures.json").read_text())
     kept, held_out = split_rows(1797, 0.1, 0)
-    x = Preprocessor.from_dict(load_preprocessing(folder)).transform(pipeline.load("digits").features).x
+    x = Preprocessor.from_dict(load_preprocessing(folder)).transform(load("digits").features).x
     pca = PCA(8, random_state=0).fit(x[np.sort(kept)])
     error = np.square(pca.inverse_transform(pca.transform(x[held_out])) - x[held_out]).mean()
     assert figures["reconstruction"]["PCA, 8 components"] == pytest.approx(error)
@@ -158,7 +159,7 @@ def test_evaluate_writes_a_page_and_measures_what_is_asked_for(digits_model, tmp
 
 def test_evaluate_on_other_data_splits_it(digits_model, tmp_path):
     folder, _ = digits_model
-    np.save(tmp_path / "other.npy", pipeline.load("digits").features[:500])
+    np.save(tmp_path / "other.npy", load("digits").features[:500])
     output = succeed("evaluate", folder, tmp_path / "other.npy")
     assert "Scored on 150 rows" in output
     assert "what the model was trained on" not in output
@@ -382,7 +383,7 @@ def test_errors_of_our_own_are_not_hidden(monkeypatch):
     def broken():
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "describe", broken)
+    monkeypatch.setattr(cli.machine, "describe", broken)
     assert CliRunner().invoke(cli.app, ["info"]).exit_code == 1
 
 

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from fastenc import cli
-from fastenc.pretrained import load_pretrained
+from fastenc.loading import load_pretrained
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

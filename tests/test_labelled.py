@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,8 @@ from test_cli import fail, run, succeed
 
 import fastenc
 from fastenc.data import Preprocessor, load
-from fastenc.pretrained import load_preprocessing, load_pretrained
+from fastenc.loading import load_pretrained
+from fastenc.pretrained import load_preprocessing
 from fastenc.record import split_rows
 
 SMALL = ["--widths", "16,8", "--epochs", "5"]
@@ -80,6 +83,148 @@ def test_it_does_what_the_function_does(tmp_path):
     record = json.loads((folder / "training.json").read_text())
     assert record["history"] == result.history.history
     assert record["classes"] == [str(digit) for digit in range(10)]
+
+
+SAME = {
+    "adapters": (
+        ["--lora-rank", 2, "--lora-alpha", 4, "--lora-dropout", 0.1, "--schedule", "cosine"],
+        {"lora_rank": 2, "lora_alpha": 4.0, "lora_dropout": 0.1, "schedule": "cosine"},
+    ),
+    "clipped": (
+        ["--optimizer", "sgd", "--momentum", 0.9, "--nesterov", "--clip-norm", 0.5, "--weight-decay", 0.01],
+        {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "clip_norm": 0.5, "weight_decay": 0.01},
+    ),
+    "by contrast": (
+        [
+            *("--strategy", "pretrain", "--pretraining", "contrastive", "--pretraining-epochs", 1),
+            *("--temperature", 0.5, "--pretraining-noise", 0.3, "--pretraining-mask", 0.1, "--clip-value", 0.01),
+        ],
+        {
+            "strategy": "pretrain",
+            "pretraining": "contrastive",
+            "pretraining_options": {"epochs": 1, "temperature": 0.5, "noise": 0.3, "mask": 0.1},
+            "clip_value": 0.01,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_option_is_that_of_the_function(people, tmp_path, name):
+    arguments, options = SAME[name]
+    succeed(
+        "finetune", people, "--target", "label", "--out", tmp_path / "m", *SMALL, "--validation-split", 0, *arguments
+    )
+    frame = pd.read_csv(people)
+    x = Preprocessor().fit(frame.drop(columns="label")).transform(frame.drop(columns="label")).x
+    result = fastenc.finetune(x, frame["label"], widths=(16, 8), epochs=5, seed=0, verbose=False, **options)
+    saved = load_pretrained(tmp_path / "m").state_dict()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in result.model.state_dict().items())
+
+
+def test_several_targets_of_different_kinds(people, tmp_path):
+    folder = tmp_path / "model"
+    output = succeed(
+        *("finetune", people, "--target", "label", "--target", "income", "--out", folder, *SMALL),
+        *("--loss", "income=huber", "--weight", "income=0.5", "--validation-split", 0.2, "--seed", 2),
+    )
+    assert "64 rows to train on, 16 to validate on, 3 features" in output
+    model = load_pretrained(folder)
+    assert model.tasks == {"label": fastenc.Task(2, "cross_entropy"), "income": fastenc.Task(1, "huber", 0.5)}
+    record = json.loads((folder / "training.json").read_text())
+    assert record["classes"] == {"label": ["no", "yes"], "income": None}
+    assert record["target"] == ["label", "income"]
+    assert "80 vectors of 8 numbers" in succeed("encode", folder, people, "-o", tmp_path / "v.npy")
+    output = succeed("evaluate", folder, people)
+    assert "the labels are those in label; --target takes others, such as income" in output
+    assert "Scored on the 16 rows that were held out" in output
+    frame = pd.read_csv(people)
+    kept, held_out = (np.sort(part) for part in split_rows(80, 0.2, 2))
+    features = frame[["age", "colour"]]
+    x = Preprocessor().fit(features.iloc[kept]).transform(features).x
+    parts = [{name: frame[name].to_numpy()[rows] for name in ("label", "income")} for rows in (kept, held_out)]
+    result = fastenc.finetune(
+        x[kept],
+        parts[0],
+        validation_data=(x[held_out], parts[1]),
+        loss={"income": "huber"},
+        weights={"income": 0.5},
+        widths=(16, 8),
+        epochs=5,
+        seed=2,
+        verbose=False,
+    )
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in result.model.state_dict().items())
+    assert succeed("train", people, "--target", "label", "--target", "income", "--out", tmp_path / "ae", *SMALL)
+    assert load_pretrained(tmp_path / "ae").encoder.in_features == 3
+
+
+def test_several_files_of_labels(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(40, 3)))
+    np.save(tmp_path / "kind.npy", np.array(["a", "b"] * 20))
+    np.save(tmp_path / "size.npy", np.arange(40.0))
+    options = ["finetune", tmp_path / "x.npy", "--out", tmp_path / "m", *SMALL, "--target", tmp_path / "kind.npy"]
+    succeed(*options, "--target", tmp_path / "size.npy")
+    assert list(load_pretrained(tmp_path / "m").tasks) == ["kind", "size"]
+    assert "two of the files of labels have the same name" in fail(*options, "--target", tmp_path / "kind.npy")
+
+
+def test_options_that_do_not_go_together_are_one_sentence(people, tmp_path):
+    base = ["finetune", people, "--out", tmp_path / "m", *SMALL, "--target", "label"]
+    pretrain = [*base, "--strategy", "pretrain", "--pretraining", "masking"]
+    two = [*base, "--target", "income"]
+    sentences = [
+        ([*base, "--momentum", 0.9], "momentum is 0.9 and adam takes none; use optimizer='sgd'"),
+        ([*base, "--clip-norm", 1, "--clip-value", 1], "clip_norm and clip_value are both given"),
+        ([*base, "--lora-alpha", 2], "--lora-alpha is of adapters; give --lora-rank"),
+        ([*base, "--lora-dropout", 0.1], "--lora-dropout is of adapters"),
+        ([*base, "--temperature", 0.1], "--temperature is of pre-training; give --strategy pretrain"),
+        ([*base, "--pretraining-epochs", 1], "--pretraining-epochs is of pre-training"),
+        ([*pretrain, "--temperature", 0.1], "--temperature is of --pretraining contrastive, and it is masking"),
+        ([*pretrain, "--pretraining-noise", 0.1], "is of --pretraining denoising or contrastive, and it is masking"),
+        ([*base, "--flip"], "--flip is of images; give their size, for example --image 28x28"),
+        ([*base, "--task", "labels"], "--task is 'labels'; write NAME or, for one of several targets, COLUMN=NAME"),
+        ([*base, "--task", "label=regression"], "there is one target, and task, loss or weights are given by name"),
+        ([*two, "--loss", "mse"], "loss is 'mse' and there are several targets; give losses by name"),
+        ([*two, "--loss", "label=mse"], "the target label holds classes and its loss is 'mse'"),
+        ([*two, "--loss", "income=triplet"], "--loss is triplet, which several targets cannot have"),
+        ([*two, "--task", "age=regression"], "task names age, which is no target; the targets are label, income"),
+        ([*two, "--weight", "income=-1"], "--weight is 'income=-1'; write COLUMN=NUMBER, at least 0"),
+        ([*two, "--weight", "income=1", "--weight", "income=2"], "--weight is given twice for income"),
+        ([*two, "--mixup", 0.2], "Mixup cannot mix the labels of several targets"),
+        ([*two, "--target", "label"], "the target 'label' is given twice"),
+    ]
+    for arguments, words in sentences:
+        assert words in fail(*arguments), words
+    for option, value in (
+        ("--image", "8"),
+        ("--image", "8x0"),
+        ("--lora-alpha", 0),
+        ("--crop", 2),
+        ("--clip-norm", -1),
+    ):
+        assert run(*base, option, value).exit_code == 2
+    assert not (tmp_path / "m").exists()
+
+
+def test_images_are_moved(tmp_path, monkeypatch):
+    """With a stand-in for torchvision, whose transform tells what it was made of."""
+    v2 = ModuleType("torchvision.transforms.v2")
+    v2.RandomAffine = lambda degrees, translate: translate[0]
+    v2.RandomResizedCrop = lambda size, scale, antialias: scale[0]
+    v2.RandomHorizontalFlip = lambda: 1.0
+    v2.Compose = lambda steps: lambda image: image.flip(-1) * sum(steps)
+    for name, module in (("torchvision", v2), ("torchvision.transforms", v2), (v2.__name__, v2)):
+        monkeypatch.setitem(sys.modules, name, module)
+    arguments = ["--image", "8x8", "--shift", 0.2, "--crop", 0.8, "--flip", "--validation-split", 0]
+    succeed("finetune", "digits", "--out", tmp_path / "m", *SMALL, "--epochs", 1, *arguments)
+    digits = load("digits")
+    x = Preprocessor().fit(digits.features).transform(digits.features).x
+    augment = fastenc.data.augmentation.image_augmentation((8, 8), shift=0.2, crop=0.8, flip=True)
+    result = fastenc.finetune(x, digits.target, widths=(16, 8), epochs=1, seed=0, verbose=False, augment=[augment])
+    saved = load_pretrained(tmp_path / "m").state_dict()
+    assert all(torch.equal(saved[key], tensor) for key, tensor in result.model.state_dict().items())
+    assert "have 72 pixels" in fail("finetune", "digits", "--out", tmp_path / "n", *SMALL, "--image", "8x9")
 
 
 def test_what_comes_out_encodes_and_is_evaluated(people, tmp_path):

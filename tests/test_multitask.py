@@ -79,8 +79,20 @@ def test_it_is_saved_and_loaded(tmp_path):
     loaded = MultiTask.from_pretrained(tmp_path)
     assert loaded.tasks == model.tasks
     assert torch.equal(loaded(X), model(X))
-    with pytest.raises(ModelFileError, match=r"load it with MultiTask.from_pretrained"):
-        load_pretrained(tmp_path)
+    found = load_pretrained(tmp_path)
+    assert isinstance(found, MultiTask)
+    assert torch.equal(found(X), model(X))
+    with pytest.raises(ModelFileError, match=r"holds a model of class MultiTask; load it with MultiTask.from_pretr"):
+        Encoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("kind", "size"), ("type", "a.b"), ("training", ""), ("keys", "é à")])
+def test_a_task_may_have_any_name(tmp_path, names):
+    model = MultiTask(Encoder(6, (4,)), {name: Task(2) for name in names})
+    model.save_pretrained(tmp_path)
+    loaded = load_pretrained(tmp_path)
+    assert tuple(loaded.tasks) == names
+    assert torch.equal(loaded.split(loaded(X))[names[1]], loaded.head(names[1])(loaded.encode(X)))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastenc import AutoEncoder, Classifier, Encoder, Regressor, files, pretrained
-from fastenc.pretrained import ModelFileError, load_preprocessing, load_pretrained
+from fastenc.loading import load_pretrained
+from fastenc.pretrained import ModelFileError, load_preprocessing
 
 
 def small_encoder(value: float | None = None) -> Encoder:

@@ -10,7 +10,7 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from fastenc import Encoder
-from fastenc.pretrained import load_pretrained
+from fastenc.loading import load_pretrained
 
 def model(value):
     made = Encoder(256, (256, 64))

@@ -1,12 +1,13 @@
 """Data in: arrays and tables of any kind, files, and the preprocessing that is saved with a model."""
 
 from .arrays import DataError, as_rows, as_target
-from .chunks import ChunkedRows, read_chunks
+from .chunks import ChunkedRows, Chunks, read_chunks
 from .preprocessing import Prepared, Preprocessor
 from .sources import Data, load
 
 __all__ = [
     "ChunkedRows",
+    "Chunks",
     "Data",
     "DataError",
     "Prepared",

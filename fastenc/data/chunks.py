@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,77 +15,86 @@ from torch.utils.data import DataLoader, IterableDataset
 from .arrays import DataError, as_rows, as_target
 from .extras import require
 from .preprocessing import Preprocessor
-from .sources import Data, check_header, csv_fault, load, split_target
+from .sources import Data, load, split_target
+from .tables import CsvTables, ParquetTables
 
 CHUNK_ROWS = 1 << 16
-_FIRST_BLOCK = 1 << 24  # bytes of a CSV that its columns' types are found from
+_CHUNK_VALUES = 1 << 22  # of all columns: 32 MB as float64
 
 
-def read_chunks(source: str | os.PathLike[str], *, target: str | None = None, rows: int = CHUNK_ROWS) -> Iterator[Data]:
-    """The rows of a .csv, .parquet or .npy file, at most `rows` at a time; memory holds one chunk, or one row group.
+class Chunks:
+    """The rows of a source some at a time, as often as they are asked for; memory holds one chunk, or one row group.
 
-    Numbers of a .csv are read as float64. What a column holds is found from the first 16 MB; one that is text further
-    on is refused.
+    Args:
+        source: "digits", or a .csv, .parquet or .npy file, or a table or array in memory, as `load` takes.
+        target: the columns that are targets and not features, as for `load`.
+        rows: the most in a chunk; None for as many as have four million values, up to 65,536.
+
+    Attributes:
+        name: as of `Data`.
+        columns: the names of a table's columns, with those of the targets; None for arrays.
+
+    `len()` is the number of rows; a CSV is read once for it. The columns of a CSV are of the types that `load` gives
+    them.
 
     Raises:
-        DataError: as `load`, some of it only when the row that shows it is reached.
+        DataError: as `load`; what only a row shows, when that is reached.
         ValueError: rows is below 1.
     """
-    if rows < 1:
-        raise ValueError(f"rows is {rows!r}; it must be at least 1")
-    path = Path(source)
-    reader = {".csv": _csv_tables, ".parquet": _parquet_tables}.get(path.suffix.lower())
-    if reader is None or not path.is_file() or path.stat().st_size == 0:
-        data = load(path, target=target)  # a memory map, or the sentence that says what is wrong
-        for start in range(0, len(data), rows):
-            yield Data(data.name, data.features[start : start + rows])
-        return
-    require("pandas", "reading tables")
-    for table in reader(path, rows):
-        if table.num_rows:
-            yield split_target(table.to_pandas(), target, path.name, str(path))
+
+    def __init__(self, source: Any, *, target: str | Sequence[str] | None = None, rows: int | None = None) -> None:
+        if rows is not None and rows < 1:
+            raise ValueError(f"rows is {rows!r}; it must be at least 1")
+        self.source, self.target = source, target
+        self._tables: CsvTables | ParquetTables | None = None
+        self._data: Data | None = None
+        if isinstance(source, (str, os.PathLike)) and source != "digits":
+            path = Path(source)
+            kinds: dict[str, type[CsvTables] | type[ParquetTables]] = {".csv": CsvTables, ".parquet": ParquetTables}
+            kind = kinds.get(path.suffix.lower())
+            if kind is not None and path.is_file() and path.stat().st_size and os.access(path, os.R_OK):
+                require("pandas", "reading tables")
+                self._tables = kind(path)
+        if self._tables is None:
+            self._data = load(source, target=target)  # in memory, a memory map, or the sentence that says what is wrong
+        self.name = Path(source).name if self._data is None else self._data.name
+        self.columns = self._names()
+        self._size = rows or max(1, min(CHUNK_ROWS, _CHUNK_VALUES // max(1, self._width())))
+
+    def __len__(self) -> int:
+        return len(self._tables if self._data is None else self._data)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Data]:
+        start = 0
+        if self._data is not None:
+            for start in range(0, len(self._data), self._size):
+                yield self._data.part(slice(start, start + self._size))
+            return
+        assert self._tables is not None
+        for batch in self._tables.batches(self._size):
+            if batch.num_rows:
+                yield split_target(batch.to_pandas(), self.target, self.name, str(self.source), start)
+                start += batch.num_rows
+
+    def _names(self) -> list[str] | None:
+        if self._data is None:
+            return self._tables.names  # type: ignore[union-attr]
+        columns = getattr(self._data.features, "columns", None)
+        return None if columns is None else [str(column) for column in columns]
+
+    def _width(self) -> int:
+        return len(self.columns) if self.columns is not None else self._data.features.shape[1]  # type: ignore[union-attr]
 
 
-def _parquet_tables(path: Path, rows: int) -> Iterator[Any]:
-    pyarrow, parquet = require("pyarrow", "reading Parquet"), require("pyarrow.parquet", "reading Parquet")
-    try:
-        with parquet.ParquetFile(path) as file:
-            if file.metadata.num_rows == 0:
-                raise DataError(f"{path} has no rows; give at least one")
-            for batch in file.iter_batches(rows):
-                yield pyarrow.Table.from_batches([batch])
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise DataError(f"{path} is not Parquet, or is broken ({reason}); write or copy it again") from error
+def read_chunks(
+    source: str | os.PathLike[str], *, target: str | Sequence[str] | None = None, rows: int | None = CHUNK_ROWS
+) -> Iterator[Data]:
+    """The rows of a .csv, .parquet or .npy file, at most `rows` at a time: what `Chunks` gives, once.
 
-
-def _csv_tables(path: Path, rows: int) -> Iterator[Any]:
-    pyarrow, reader = require("pyarrow", "reading CSV"), require("pyarrow.csv", "reading CSV")
-
-    def opened(types: dict[str, Any]) -> Any:
-        return reader.open_csv(
-            path,
-            read_options=reader.ReadOptions(block_size=_FIRST_BLOCK),
-            parse_options=reader.ParseOptions(newlines_in_values=True),
-            convert_options=reader.ConvertOptions(strings_can_be_null=True, column_types=types),
-        )
-
-    try:
-        with opened({}) as file:
-            schema = file.schema
-        check_header(schema.names, path)
-        # A whole number in the first block may be a fraction in the next.
-        types = {field.name: pyarrow.float64() for field in schema if pyarrow.types.is_integer(field.type)}
-        seen = 0
-        with opened(types) as file:
-            for batch in file:
-                seen += batch.num_rows
-                for start in range(0, batch.num_rows, rows):
-                    yield pyarrow.Table.from_batches([batch.slice(start, rows)])
-        if seen == 0:
-            raise DataError(f"{path} has a header and no rows; add at least one row")
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path} {csv_fault(path, error)}") from error
+    Raises:
+        DataError, ValueError: as `Chunks`.
+    """
+    yield from Chunks(source, target=target, rows=rows)
 
 
 class ChunkedRows(IterableDataset):
@@ -116,8 +125,8 @@ class ChunkedRows(IterableDataset):
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it must be at least 1")
-        self.source, self.preprocessor, self.target = source, preprocessor, target
-        self.batch_size, self.rows, self.shuffle = batch_size, rows, shuffle
+        self.chunks, self.preprocessor = Chunks(source, target=target, rows=rows), preprocessor
+        self.batch_size, self.shuffle = batch_size, shuffle
         self._random = np.random.default_rng(seed)
 
     def loader(self) -> DataLoader:
@@ -125,11 +134,13 @@ class ChunkedRows(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         start = 0
-        for chunk in read_chunks(self.source, target=self.target, rows=self.rows):
+        for chunk in self.chunks:
             try:
                 x, y = self._tensors(chunk)
             except DataError as error:
-                raise DataError(f"{self.source}, in rows {start} to {start + len(chunk) - 1}: {error}") from error
+                raise DataError(
+                    f"{self.chunks.source}, in rows {start} to {start + len(chunk) - 1}: {error}"
+                ) from error
             start += len(chunk)
             order = torch.from_numpy(self._random.permutation(len(x))) if self.shuffle else torch.arange(len(x))
             for batch in order.split(self.batch_size):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,9 +18,7 @@ from .steps import (
     HashedText,
     check_categories,
     finite_array,
-    fit_encoder,
-    fit_imputer,
-    fit_scaler,
+    medians_of,
     restore_encoder,
     restore_imputer,
     restore_scaler,
@@ -143,17 +141,19 @@ class Preprocessor:
         features = _as_frame(features)
         fresh._date_names = date_columns(features) if self.dates == "parts" and is_frame(features) else []
         table = Columns(with_parts(features, fresh._date_names))
-        fresh._columns = {name: table.kind(column) for column, name in enumerate(table.names)}
-        fresh._named = table.named
+        fresh._learner = Learner(table.names, table.named, medians=False)
         fresh._learn(table)
+        fresh._refresh(lambda columns: medians_of(table, columns))
+        fresh._learner = None
         self.__dict__.update(fresh.__dict__)
         return self
 
-    def partial_fit(self, features: Any) -> Preprocessor:
+    def partial_fit(self, features: Any, *, row_numbers: np.ndarray | None = None) -> Preprocessor:
         """Learn from some more training rows: each chunk is seen once, and memory does not grow with their number.
 
-        What is learned is what `fit` learns from all of them at once, within rounding, but for medians of very many
-        values: see `learning.Learner`. A column may be empty in some chunks, and not in all of them.
+        What is learned is what `fit` learns from all of them at once, to the last bit, but for medians of very many
+        values: see `learning.Learner`. A column may be empty in some chunks, and not in all of them. `row_numbers`
+        `[rows]` are what to call the rows in errors; None counts all that were given.
 
         Raises:
             DataError: as `fit`; also a chunk with other columns than the first, or with text where numbers were. What
@@ -167,7 +167,15 @@ class Preprocessor:
         if first and self.dates == "parts" and is_frame(features):
             self._date_names = date_columns(features)
         table = Columns(with_parts(features, self._date_names))
-        learner = self._learner or Learner(table.names, table.named)
+        if first:
+            self._learner = Learner(table.names, table.named)
+        self._learn(table, row_numbers)
+        return self
+
+    def _learn(self, table: Columns, row_numbers: np.ndarray | None = None) -> None:
+        """Learn from some more rows: all of the learning that there is."""
+        learner = self._learner
+        assert learner is not None
         if table.named != learner.named or sorted(table.names) != sorted(learner.names):
             raise DataError(
                 f"these rows have the columns {', '.join(table.names[:10])} and those before had "
@@ -189,8 +197,10 @@ class Preprocessor:
                     else np.empty((rows.stop - rows.start, 0), dtype=object),
                 )
                 if not last:
-                    self._refuse_missing(learner.rows + block.rows[block.missing], learner.rows + table.rows)
+                    named = learner.rows + block.rows if row_numbers is None else row_numbers[rows]
+                    self._refuse_missing(named[block.missing], learner.rows + table.rows)
                     continue
+                learner.present[[*numbers, *texts]] += block.present
                 block = self._without_missing(block)
                 learner.kept += len(block.rows)
                 for index, values in zip(numbers, block.numbers.T, strict=True):
@@ -200,8 +210,7 @@ class Preprocessor:
                         learner.add_texts(index, values)
                         check_categories(learner.names[index], len(learner.categories[index]))
         learner.kinds, learner.rows = kinds, learner.rows + table.rows
-        self._learner, self._stale = learner, True
-        return self
+        self._stale = True
 
     def transform(self, features: Any) -> Prepared:
         """`features`, an array or table `[rows, columns]`, as float32 rows.
@@ -212,47 +221,50 @@ class Preprocessor:
                 hold after scaling.
             RuntimeError: nothing is fitted yet.
         """
-        table, blocks = self._prepare(features)
+        table = self._table(features)
         x = np.empty((table.rows, len(self.feature_names)), np.float32)
         rows = np.empty(table.rows, np.int64)
         kept = unseen = 0
-        for part in blocks:
+        for part in self._prepared([table]):
             new = slice(kept, kept + len(part.rows))
             x[new], rows[new] = part.x, part.rows
             kept, unseen = new.stop, unseen + part.unseen
         return Prepared(x[:kept], rows[:kept], table.rows - kept, unseen)
 
-    def transform_blocks(self, features: Any) -> Iterator[Prepared]:
-        """What `transform` gives in blocks of rows, one after the other: for rows that memory does not hold at once.
+    def transform_chunks(self, chunks: Iterable[Any]) -> Iterator[Prepared]:
+        """What `transform` gives of all chunks put together, block by block: for rows that memory cannot hold at once.
 
-        A block may have no rows, if all of its own were dropped. Raises what `transform` does, at the first block or,
-        where only a later one shows the fault, when that is reached.
+        Rows are numbered through the chunks. A block may have no rows, if all of its own were dropped. Raises what
+        `transform` does, where the chunk that shows the fault is reached.
         """
-        return self._prepare(features)[1]
+        return self._prepared(map(self._table, chunks))
 
-    def _prepare(self, features: Any) -> tuple[Columns, Iterator[Prepared]]:
+    def _table(self, features: Any) -> Columns:
         self._require_fit()
-        table = Columns(with_parts(_as_frame(features), self._date_names))
-        return table, self._prepared_blocks(table, self._match(table))
+        return Columns(with_parts(_as_frame(features), self._date_names))
 
-    def _prepared_blocks(self, table: Columns, order: list[int]) -> Iterator[Prepared]:
-        bad = []
-        for block in self._blocks(table, order):
-            bad.append(block.rows[block.missing])
-            if self.missing == "error":
-                self._refuse_missing(bad[-1], table.rows)
-            whole, block = len(block.rows), self._without_missing(block)
-            numbers = block.numbers.shape[1]
-            x, unseen = np.empty((len(block.rows), len(self.feature_names)), np.float32), 0
-            if len(x):
-                x[:, :numbers] = self._scaled(block)
-                if self._encoder is not None:
-                    made = self._encoder.transform(block.texts)
-                    if self.text == "one-hot":
-                        unseen = block.texts.size - int(np.count_nonzero(made))
-                    x[:, numbers:] = made
-            yield Prepared(x, block.rows, whole - len(x), unseen)
-        self._refuse_missing(np.concatenate(bad), table.rows)
+    def _prepared(self, tables: Iterable[Columns]) -> Iterator[Prepared]:
+        start = dropped = 0
+        for table in tables:
+            for block in self._blocks(table, self._match(table)):
+                block = _Block(start + block.rows, block.numbers, block.texts)
+                if self.missing == "error":
+                    self._refuse_missing(block.rows[block.missing], start + table.rows)
+                whole, block = len(block.rows), self._without_missing(block)
+                dropped += whole - len(block.rows)
+                numbers = block.numbers.shape[1]
+                x, unseen = np.empty((len(block.rows), len(self.feature_names)), np.float32), 0
+                if len(x):
+                    x[:, :numbers] = self._scaled(block)
+                    if self._encoder is not None:
+                        made = self._encoder.transform(block.texts)
+                        if self.text == "one-hot":
+                            unseen = block.texts.size - int(np.count_nonzero(made))
+                        x[:, numbers:] = made
+                yield Prepared(x, block.rows, whole - len(x), unseen)
+            start += table.rows
+        if dropped == start:
+            self._refuse_missing(np.arange(start), start)
 
     def inverse_transform(self, x: Any) -> np.ndarray:
         """The number columns of `x` in their own units: `[rows, features] -> float64 [rows, numbers]`.
@@ -342,58 +354,32 @@ class Preprocessor:
             new._encoder = restore_encoder(state["categories"])
         return new
 
-    def _learn(self, table: Columns) -> None:
-        order = list(range(len(table.names)))
-        bad = []
-        present: Any = 0
-        for block in self._blocks(table, order):
-            bad.append(block.rows[block.missing])
-            present = present + block.present
-        counts = zip([*self.number_names, *self._names_of("text")], present, strict=True)
-        empty = [*self._names_of("empty"), *(name for name, count in counts if count == 0)]
-        if empty:
-            raise DataError(f"column {empty[0]!r} has no value in any of the {table.rows} training rows; remove it")
-        self._refuse_missing(np.concatenate(bad), table.rows)
-        if self.number_names:
-            if self.missing == "impute":
-                self._imputer = fit_imputer(table, self._indices("number", order))
-            blocks = (self._without_missing(block) for block in self._blocks(table, order))
-            filled = (self._imputed(block) for block in blocks if len(block.rows))
-            self._scaler = fit_scaler(self.scale, filled, self.number_names)
-        if self.text == "hash" and self._names_of("text"):
-            self._encoder = HashedText(self.hash_size)
-        elif texts := self._indices("text", order):
-            values = table.texts(slice(None), texts)
-            if self.missing == "drop":
-                values = np.delete(values, np.concatenate(bad), axis=0)
-            self._encoder = fit_encoder(values, self._names_of("text"))
-
-    def _refresh(self) -> None:
-        """Take over what `partial_fit` has learned."""
+    def _refresh(self, medians: Callable[[list[int]], np.ndarray] | None = None) -> None:
+        """Take over what was learned; `medians` finds those of columns where the learner has not kept the values."""
         learner = self._learner
         if learner is None or not self._stale:
             return
+        if not learner.present.all():
+            name = learner.names[int(np.argmin(learner.present))]
+            raise DataError(f"column {name!r} has no value in any of the {learner.rows} training rows; remove it")
         if learner.kept == 0:
             self._refuse_missing(np.arange(learner.rows), learner.rows)
         columns = {kind: [i for i, each in enumerate(learner.kinds) if each == kind] for kind in ("number", "text")}
-        empty = [i for i, kind in enumerate(learner.kinds) if kind == "empty"]
-        empty += [i for i in columns["number"] if learner.count[i] == 0]
-        if empty:
-            name = learner.names[empty[0]]
-            raise DataError(f"column {name!r} has no value in any of the {learner.rows} training rows; remove it")
+        made = [learner.numbers[index].finished() for index in columns["number"]]
         self._columns, self._named = dict(zip(learner.names, learner.kinds, strict=True)), learner.named
         self._imputer = self._scaler = self._encoder = None
         self._stale = False
         if numbers := columns["number"]:
-            names = [learner.names[index] for index in numbers]
-            statistics = [(learner.mean[index], learner.variance[index]) for index in numbers]
+            statistics = [(each.mean, each.variance) for each in made]
             if self.missing == "impute":
-                medians = np.array([learner.median(index) for index in numbers])
-                self._imputer = restore_imputer(medians)
-                pairs = zip(numbers, medians, strict=True)
-                statistics = [learner.filled(index, median) for index, median in pairs]
+                values = np.array([each.median() for each in made]) if medians is None else medians(numbers)
+                self._imputer = restore_imputer(values)
+                holes = learner.missing[numbers].tolist()
+                statistics = [each.filled(*pair) for each, *pair in zip(made, values.tolist(), holes, strict=True)]
             mean, variance = np.array(statistics).T
-            self._scaler = scaler_of(self.scale, mean, variance, learner.low[numbers], learner.high[numbers], names)
+            low, high = (np.array([getattr(each, name) for each in made]) for name in ("low", "high"))
+            names = [learner.names[index] for index in numbers]
+            self._scaler = scaler_of(self.scale, mean, variance, low, high, names)
         if texts := columns["text"]:
             self._encoder = HashedText(self.hash_size)
             if self.text == "one-hot":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,24 +31,37 @@ class Data:
         name: the file's name, or what kind of thing the data was.
         features: `[rows, features]`, of any real dtype, maybe a read-only memory map; or a table with unique column
             names, maybe with text and missing values, for a Preprocessor.
-        target: `[rows]`: int64, float64, bool, or text as an object array of str; nothing is missing in it.
+        target: `[rows]`: int64, float64, bool, or text as an object array of str; nothing is missing in it. If several
+            targets were asked for, a dict of these by name.
     """
 
     name: str
     features: np.ndarray | pd.DataFrame
-    target: np.ndarray | None = None
+    target: Any = None
 
     def __len__(self) -> int:
         return len(self.features)
 
+    def part(self, rows: slice) -> Data:
+        """Some of the rows: a view."""
+        features = self.features[rows] if isinstance(self.features, np.ndarray) else self.features.iloc[rows]
+        return Data(self.name, features, target_part(self.target, rows))
 
-def load(source: Any, *, target: str | None = None) -> Data:
+
+def target_part(target: Any, rows: Any) -> Any:
+    """Some rows, by a slice or their numbers, of the target or of each of several; None of none."""
+    if isinstance(target, dict):
+        return {name: values[rows] for name, values in target.items()}
+    return None if target is None else target[rows]
+
+
+def load(source: Any, *, target: str | Sequence[str] | None = None) -> Data:
     """Read `source`; whatever is wrong with it is one DataError.
 
     Args:
         source: "digits" for scikit-learn's handwritten digits (1797 rows of 64 pixels in 0 to 16, with labels); a path
             ending in .csv, .parquet or .npy; or a tensor, array, table or nested list as `as_rows` takes.
-        target: the column of a table that is the target and not a feature.
+        target: the column of a table that is the target and not a feature; a list for several targets.
 
     A .npy file is memory-mapped read-only, and pickled objects in it are refused. A .csv file is comma-separated UTF-8
     with column names in its first line; empty fields and NA, NaN, null and the like are missing values.
@@ -77,7 +91,7 @@ def load(source: Any, *, target: str | None = None) -> Data:
     return split_target(features, target, name, shown)
 
 
-def _refuse_target(target: str | None, reason: str) -> None:
+def _refuse_target(target: str | Sequence[str] | None, reason: str) -> None:
     if target is not None:
         raise DataError(f"target is {target!r}, but {reason}; leave target out")
 
@@ -152,6 +166,8 @@ def csv_fault(path: Path, error: Exception) -> str:
     """Why a CSV could not be read, with the line; only now is it worth a second, slower pass."""
     if isinstance(error, UnicodeDecodeError):
         return "is not UTF-8 text; save the file as UTF-8"
+    if found := re.match(r"In CSV column #(\d+): .*invalid UTF8 data", str(error)):
+        return f"is not UTF-8 text in column {found[1]}, counted from 0; save the file as UTF-8"
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             lines = csv.reader(file)
@@ -216,30 +232,43 @@ def _check_unique(names: Sequence[str], name: str) -> None:
         seen.add(column)
 
 
-def split_target(frame: pd.DataFrame, target: str | None, name: str, shown: str) -> Data:
-    """The columns of a table as features and target; `shown` is what to call it in errors."""
+def split_target(
+    frame: pd.DataFrame, target: str | Sequence[str] | None, name: str, shown: str, first: int = 0
+) -> Data:
+    """The columns of a table as features and target; `shown` is what to call it in errors.
+
+    `first` is the number of its first row: of a table that is read in chunks.
+    """
     columns = [str(column) for column in frame.columns]
     _check_unique(columns, shown)
     check_shape(frame.shape, shown)
     if target is None:
         return Data(name, frame)
-    if target not in columns:
-        listed = ", ".join(columns[:10]) + (", ..." if len(columns) > 10 else "")
-        raise DataError(f"{shown} has no column {target!r} to be the target; its columns are {listed}")
-    if len(columns) == 1:
-        raise DataError(f"{shown} has no column besides the target {target!r}; give at least one feature")
-    column = columns.index(target)
-    keep = [index for index in range(len(columns)) if index != column]
-    return Data(name, frame.iloc[:, keep], _target(frame.iloc[:, column], target, shown))
+    wanted = [target] if isinstance(target, str) else list(target)
+    for each in wanted:
+        if each not in columns:
+            listed = ", ".join(columns[:10]) + (", ..." if len(columns) > 10 else "")
+            raise DataError(f"{shown} has no column {each!r} to be the target; its columns are {listed}")
+        if wanted.count(each) > 1:
+            raise DataError(f"the target {each!r} is given twice; give each column once")
+    if len(columns) == len(wanted):
+        names = " and ".join(map(repr, wanted))
+        what = f"target {names}" if len(wanted) == 1 else f"targets {names}"
+        raise DataError(f"{shown} has no column besides the {what}; give at least one feature")
+    targets = {each: _target(frame.iloc[:, columns.index(each)], each, shown, first) for each in wanted}
+    features = frame.iloc[:, [index for index, column in enumerate(columns) if column not in targets]]
+    return Data(name, features, targets[target] if isinstance(target, str) else targets)
 
 
-def _target(series: pd.Series, target: str, name: str) -> np.ndarray:
+def _target(series: pd.Series, target: str, name: str, first: int) -> np.ndarray:
     import pandas as pd
 
     what = f"the target column {target!r} of {name}"
-    missing = np.flatnonzero(series.isna().to_numpy()).tolist()
+    missing = (first + np.flatnonzero(series.isna().to_numpy())).tolist()
     if missing:
-        raise DataError(f"{what} has no value in {row_list(missing, len(series))}; fill in or remove those rows")
+        raise DataError(
+            f"{what} has no value in {row_list(missing, first + len(series))}; fill in or remove those rows"
+        )
     kind = pd.api.types.infer_dtype(series)
     if kind == "integer":
         return series.to_numpy(dtype=np.int64)

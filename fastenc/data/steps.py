@@ -1,4 +1,4 @@
-"""scikit-learn's imputer, scalers and one-hot encoder: fitted in blocks of rows, and rebuilt from what they learned.
+"""scikit-learn's imputer, scalers and one-hot encoder, made of what was learned of the rows.
 
 A step is rebuilt by fitting it on rows made up so that it learns the same: only public attributes are ever read or set.
 """
@@ -6,7 +6,7 @@ A step is rebuilt by fitting it on rows made up so that it learns the same: only
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,43 +22,20 @@ _MEDIAN_VALUES = 1 << 25  # float64 values at a time, 256 MB: a median needs who
 _SCALER_STATE = {"standard": ("mean_", "var_", "scale_"), "minmax": ("data_min_", "data_max_"), "none": ()}
 
 
-def fit_imputer(table: Columns, columns: Sequence[int]) -> Any:
-    """A SimpleImputer of the columns' medians over all rows; each column must have a value."""
+def medians_of(table: Columns, columns: Sequence[int]) -> np.ndarray:
+    """The columns' medians over all rows, float64 `[columns]`; each column must have a value."""
     step = max(1, _MEDIAN_VALUES // table.rows)
     medians = []
     for start in range(0, len(columns), step):
         # SimpleImputer's own fit sorts masked arrays: the same medians, many times slower.
         for column in table.numbers(slice(None), columns[start : start + step]).T:
             medians.append(np.median(column[~np.isnan(column)]))
-    return restore_imputer(np.array(medians))
+    return np.array(medians)
 
 
 def restore_imputer(medians: np.ndarray) -> Any:
     """A SimpleImputer that fills in `medians`, float64 `[columns]`."""
     return require("sklearn.impute", _PURPOSE).SimpleImputer(strategy="median").fit(medians[None])
-
-
-def fit_scaler(scale: str, blocks: Iterable[np.ndarray], names: Sequence[str]) -> Any:
-    """The scaler called `scale`, fitted to float64 blocks `[rows, columns]` without missing values; None for "none".
-
-    Raises:
-        DataError: a column's variance or range is too large for float64.
-    """
-    if scale == "none":
-        return None
-    scaler = _new_scaler(scale)
-    low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for block in blocks:
-            scaler.partial_fit(block)
-            low, high = np.minimum(low, block.min(0)), np.maximum(high, block.max(0))
-    spread = scaler.var_ if scale == "standard" else scaler.data_range_
-    check_spread(spread, low, high, names)
-    if scale == "standard":
-        # A mean added up in blocks can be off in the last bit, and a constant column would not become exactly 0.
-        constant = low == high
-        scaler.mean_[constant], scaler.var_[constant], scaler.scale_[constant] = low[constant], 0.0, 1.0
-    return scaler
 
 
 def check_spread(spread: np.ndarray, low: np.ndarray, high: np.ndarray, names: Sequence[str]) -> None:
@@ -75,13 +52,18 @@ def check_spread(spread: np.ndarray, low: np.ndarray, high: np.ndarray, names: S
 def scaler_of(
     scale: str, mean: np.ndarray, variance: np.ndarray, low: np.ndarray, high: np.ndarray, names: Sequence[str]
 ) -> Any:
-    """The scaler that `fit_scaler` would fit to rows with these statistics, float64 `[columns]` each."""
+    """The scaler called `scale` for rows with these statistics, float64 `[columns]` each; None for "none".
+
+    Raises:
+        DataError: a column's variance or range is too large for float64.
+    """
     if scale == "none":
         return None
     with np.errstate(over="ignore"):
         check_spread(variance if scale == "standard" else high - low, low, high, names)
     if scale == "minmax":
         return _new_scaler(scale).fit(np.stack([low, high]))
+    # A mean added up in blocks can be off in the last bit, and a constant column would not become exactly 0.
     constant = low == high
     mean, variance = np.where(constant, low, mean), np.where(constant, 0.0, variance)
     deviation = np.where(variance > 0, np.sqrt(variance), 1.0)
@@ -110,18 +92,6 @@ def restore_scaler(scale: str, state: dict[str, list[float]], columns: int) -> A
     for name, value in values.items():
         setattr(scaler, name, value)
     return scaler
-
-
-def fit_encoder(texts: np.ndarray, names: Sequence[str]) -> Any:
-    """A OneHotEncoder of the categories in `texts`, object `[rows, columns]` of str or None.
-
-    Raises:
-        DataError: a column has more than MAX_CATEGORIES categories.
-    """
-    encoder = _new_encoder("auto").fit(texts)
-    for name, categories in zip(names, encoder.categories_, strict=True):
-        check_categories(name, len(categories))
-    return encoder
 
 
 def check_categories(name: str, count: int) -> None:

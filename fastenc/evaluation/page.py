@@ -21,8 +21,11 @@ CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em; color: #222 }
 h2 { margin-top: 2em } table { border-collapse: collapse; margin: 1em 0 }
 th, td { border-bottom: 1px solid #ddd; padding: .25em .8em; text-align: right }
-td:first-child, th:first-child { text-align: left } svg { max-width: 100%; height: auto }
-figure { margin: 1em 0 } p.note { background: #fff3cd; padding: .4em .8em }
+td:first-child, th:first-child { text-align: left } td { white-space: nowrap }
+figure { margin: 1em 0; overflow-x: auto }
+figure table { margin: 0 } svg { max-width: 100%; min-width: 36em; height: auto }
+h1 { overflow-wrap: anywhere } p.note { background: #fff3cd; padding: .4em .8em }
+@media (max-width: 40em) { body { margin: 1em auto } th, td { padding: .25em .5em } }
 """
 
 
@@ -85,7 +88,8 @@ def to_page(report: EvaluationReport, title: str, facts: Sequence[str]) -> str:
         parts.append("<h2>Classifiers</h2>" + _table(("accuracy from", *probes), rows))
     if report.downstream is not None:
         parts.append("<h2>Downstream task</h2>" + _downstream(report.downstream))
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{CSS}</style>'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head += f"<title>{html.escape(title)}</title><style>{CSS}</style>"
     body = f"<h1>{html.escape(title)}</h1>{''.join(parts)}"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'
 
@@ -131,7 +135,7 @@ def _draw_features(axes: Any, features: list[dict[str, Any]]) -> None:
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")
     axes.set(title=f"Errors of features, the {len(features)} largest", xlabel="mean squared error")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(loc="lower right")  # the shortest bars are there
 
 
 def _draw_variance(axes: Any, codes: dict[str, Any]) -> None:
@@ -139,7 +143,9 @@ def _draw_variance(axes: Any, codes: dict[str, Any]) -> None:
     axes.bar(range(len(variance)), variance, color=BLUE)
     for unit in codes["dead"]:
         axes.text(unit, 0, "dead", rotation=90, ha="center", va="bottom", color=ORANGE)
-    axes.set(title="Variance of each unit of the code", xlabel="unit", ylabel="variance")
+    axes.set(
+        title="Variance of each unit of the code", xlabel="unit", ylabel="variance", xlim=(-0.7, len(variance) - 0.3)
+    )
 
 
 def _draw_correlation(axes: Any, codes: dict[str, Any]) -> None:
@@ -198,7 +204,8 @@ def _figure(name: str, label: str, draw: Callable[[Any], None], size: tuple[floa
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    # Wider than a phone, a table or a picture is moved by itself, and the page is not.
+    return f"<figure><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></figure>"
 
 
 def _plain(text: str) -> str:

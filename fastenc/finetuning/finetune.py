@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastenc.data import DataError, as_rows
+from fastenc.data.augmentation import mixes
 
-from ..encoder import Classifier, Encoder, Regressor
+from ..encoder import Encoder
+from ..loading import load_pretrained
 from ..lora import add_lora, merge_lora
-from ..pretrained import load_pretrained
 from ..training import Callback, EarlyStopping, History, Trainer
 from ..training.augmented import Augment
 from ..training.losses import LossFunction
 from ..training.optimizers import DEFAULT_LR, OptimizerLike, RateFunction, make_optimizer
 from ..training.rng import RandomNumbers
+from .goals import Goal, Goals, read_goals
 from .layers import GradualUnfreezing, encoder_layers, freeze_layers, layer_groups, regroup
 from .pretraining import Pretraining, pretrain
-from .targets import Targets, match_targets, read_targets, split_rows
 
 STRATEGIES = ("scratch", "pretrain", "transfer")
-_SCALED_LOSSES = ("mse", "mae", "huber")
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,37 @@ class FineTuned:
     """What `finetune` gives.
 
     Attributes:
-        model: a Classifier or Regressor (for the loss "triplet", the Encoder), all of it trainable again.
+        model: a Classifier or Regressor, for several targets a MultiTask (for the loss "triplet", the Encoder), all of
+            it trainable again.
         history: of the training with labels. Losses of scaled targets are in their units.
         how: how its steps were taken, as `Trainer.explain` tells it.
-        classes: the label of each of the Classifier's outputs; None for regression.
+        classes: the label of each of the Classifier's outputs; None for regression; of several targets by name.
         pretraining: the stage before, with its history and how; None if there was none.
     """
 
     model: Any
     history: History
     how: str
-    classes: np.ndarray | None
+    classes: Any
     pretraining: Pretraining | None
 
-    def predict(self, x: Any) -> np.ndarray:
-        """Of each row its class's label, or its numbers: [rows] for one output, [rows, outputs] for more."""
+    def predict(self, x: Any) -> Any:
+        """Of each row its class's label, or its numbers: [rows] for one output, [rows, outputs] for more.
+
+        For several targets a dict of these by name; for the loss "triplet" the codes.
+        """
         outputs = np.asarray(Trainer(self.model).predict(x))
-        if self.classes is not None and isinstance(self.model, Classifier):
-            return self.classes[outputs.argmax(1)]
-        return outputs[:, 0] if outputs.shape[1] == 1 else outputs
+        if isinstance(self.model, Encoder):
+            return outputs
+        if isinstance(self.classes, dict):
+            return {name: _answers(part, self.classes[name]) for name, part in self.model.split(outputs).items()}
+        return _answers(outputs, self.classes)
+
+
+def _answers(outputs: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
+    if classes is not None:
+        return classes[outputs.argmax(1)]
+    return outputs[:, 0] if outputs.shape[1] == 1 else outputs
 
 
 def finetune(
@@ -65,7 +77,7 @@ def finetune(
     widths: Sequence[int] = (128, 64, 32, 16),
     activation: str = "relu",
     dropout: float = 0.0,
-    task: str = "auto",
+    task: str | Mapping[str, str] = "auto",
     unlabelled: Any = None,
     pretraining: str = "autoencoder",
     pretraining_options: dict[str, Any] | None = None,
@@ -77,7 +89,8 @@ def finetune(
     lora_dropout: float = 0.0,
     optimizer: OptimizerLike = "adam",
     lr: float | RateFunction = DEFAULT_LR,
-    loss: str | LossFunction | None = None,
+    loss: str | LossFunction | Mapping[str, str] | None = None,
+    weights: Mapping[str, float] | None = None,
     weight_decay: float = 0.0,
     momentum: float = 0.0,
     nesterov: bool = False,
@@ -98,10 +111,12 @@ def finetune(
 
     Args:
         x, y: [rows, features], and a label (text, booleans, whole numbers) or numbers for each row, arrays of any kind.
+            A mapping from names to such targets trains one encoder with a head for each (`MultiTask`).
         strategy: "scratch"; "pretrain", first without labels on `unlabelled`; "transfer", from a trained `encoder`.
         encoder: a folder of `save_pretrained`, an Encoder, or a model with one; a copy of it is trained. None makes one
             of `widths`, `activation` and `dropout`, except for "transfer".
-        task: "classification", "regression", or "auto": whole numbers, booleans and text are classes.
+        task: "classification", "regression", or "auto": whole numbers, booleans and text are classes. Of several
+            targets one for all, or by name.
         unlabelled: rows for pre-training; None for the rows that are trained on.
         pretraining, pretraining_options: the `method`, and other arguments, of `fastenc.finetuning.pretrain`.
         frozen: how many of the encoder's first layers are not trained. None: for "transfer" all but the last, or with
@@ -111,7 +126,9 @@ def finetune(
         lora_rank, lora_alpha, lora_dropout: train low-rank adapters of this rank and the head, not the encoder's
             weights; the adapters are merged at the end (`fastenc.add_lora`).
         optimizer, lr, weight_decay, momentum, nesterov: as of Trainer.
-        loss: as of Trainer; None for cross_entropy or mse. "triplet" trains the encoder without a head.
+        loss: as of Trainer; None for cross_entropy or mse. "triplet" trains the encoder without a head. Of several
+            targets by name.
+        weights: of several targets, by name, what the loss of each counts in the sum; 1 where it is left out.
         scale_targets: for regression with mse, mae and huber, train on targets of mean 0 and deviation 1, and put their
             scale into the head at the end.
         validation_split: share of the rows, chosen at random by `seed` (of each class alike), not trained on.
@@ -130,8 +147,15 @@ def finetune(
     """
     _check(strategy, encoder, unlabelled, pretraining_options, lora_rank, frozen, unfreeze_every, layer_decay, lr)
     rows = as_rows(x)
-    targets = read_targets(y, len(rows), task)
-    training, validation = _parts(rows, targets, validation_split, validation_data, seed)
+    goal = read_goals(y, len(rows), task, loss, weights, scale_targets)
+    if (
+        augment is not None
+        and mixes(augment)
+        and isinstance(goal, Goals)
+        and any(each is not None for each in goal.classes.values())
+    ):
+        raise ValueError("Mixup cannot mix the labels of several targets; leave it out, or train on one target")
+    training, validation = _parts(rows, goal, validation_split, validation_data, seed)
     if patience is not None and validation is None:
         raise ValueError("patience needs validation rows; give validation_split or validation_data")
     numbers = RandomNumbers(seed)
@@ -142,13 +166,12 @@ def finetune(
         if strategy == "pretrain":
             options = {"method": pretraining, "seed": seed, "verbose": verbose, **(pretraining_options or {})}
             before = _pretrain(made, training[0] if unlabelled is None else unlabelled, options)
-        loss = loss or ("mse" if targets.classes is None else "cross_entropy")
-        model = _with_head(made, targets, loss)
+        model = goal.model(made)
         if lora_rank is not None:
             add_lora(model.encoder, lora_rank, lora_alpha, lora_dropout)
-    scale = _Scale(training[1]) if scale_targets and targets.classes is None and loss in _SCALED_LOSSES else None
-    if scale is not None:
-        training, validation = scale.of(training), validation and scale.of(validation)
+    goal.learn_scale(training[1])
+    training = training[0], goal.to_units(training[1])
+    validation = validation and (validation[0], goal.to_units(validation[1]))
 
     named: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
     if layer_decay != 1.0 or unfreeze_every is not None:
@@ -161,7 +184,7 @@ def finetune(
         frozen = layers if unfreeze_every is not None else layers - 1 if strategy == "transfer" else 0
         frozen = 0 if lora_rank is not None else frozen
     freeze_layers(model, frozen)
-    fitter = Trainer(model, optimizer, loss=loss, seed=seed, **named, **trainer)
+    fitter = Trainer(model, optimizer, loss=goal.loss_of(model), seed=seed, **named, **trainer)
     history = fitter.fit(
         *training,
         epochs=epochs,
@@ -177,9 +200,8 @@ def finetune(
     )
     if lora_rank is not None:
         merge_lora(model)
-    if scale is not None:
-        scale.put_into(model.head)
-    return FineTuned(model.requires_grad_(True), history, fitter.explain(), targets.classes, before)
+    goal.put_scale_into(model)
+    return FineTuned(model.requires_grad_(True), history, fitter.explain(), goal.classes, before)
 
 
 def _check(
@@ -206,20 +228,21 @@ def _check(
 
 
 def _parts(
-    rows: Tensor, targets: Targets, split: float, data: Any, seed: int | None
+    rows: Tensor, goal: Goal | Goals, split: float, data: Any, seed: int | None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """(x, targets) to train on and to validate on."""
     if data is not None:
         if not isinstance(data, tuple) or len(data) != 2:
             raise ValueError("validation_data must be (x, y)")
         x = as_rows(data[0], name="validation x", features=rows.shape[1])
-        return (rows, targets.values), (x, match_targets(data[1], len(x), targets, "validation y"))
+        return (rows, goal.values), (x, goal.match(data[1], len(x), "validation y"))
     if not 0.0 <= split < 1.0:
         raise ValueError(f"validation_split is {split}; it must be at least 0 and less than 1")
     if split == 0.0:
-        return (rows, targets.values), None
-    first, second = (torch.from_numpy(part) for part in split_rows(targets, split, seed))
-    return (rows[first], targets.values[first]), (rows[second], targets.values[second])
+        return (rows, goal.values), None
+    values = goal.values
+    first, second = (torch.from_numpy(part) for part in goal.split(split, seed))
+    return (rows[first], values[first]), (rows[second], values[second])
 
 
 def _encoder(given: Any, features: int, widths: Sequence[int], activation: str, dropout: float) -> Encoder:
@@ -244,29 +267,3 @@ def _pretrain(encoder: Encoder, x: Any, options: dict[str, Any]) -> Pretraining:
         return pretrain(encoder, x, **options)
     except FloatingPointError as error:
         raise FloatingPointError(f"in pre-training {error}") from error
-
-
-def _with_head(encoder: Encoder, targets: Targets, loss: str | LossFunction) -> Any:
-    if loss == "triplet":
-        return encoder
-    if targets.classes is not None:
-        return Classifier(encoder, targets.outputs)
-    return Regressor(encoder, targets.outputs)
-
-
-class _Scale:
-    """Targets to mean 0 and standard deviation 1, and back: in a head without activation that is another head."""
-
-    def __init__(self, targets: Tensor) -> None:
-        self.mean = targets.mean(0)
-        deviation = targets.std(0, unbiased=False)
-        self.deviation = torch.where(deviation > 0.0, deviation, 1.0)
-
-    def of(self, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return pair[0], (pair[1] - self.mean) / self.deviation
-
-    @torch.no_grad()
-    def put_into(self, head: nn.Module) -> None:
-        mean, deviation = self.mean.to(head.weight), self.deviation.to(head.weight)  # type: ignore[arg-type]
-        head.weight.mul_(deviation[:, None])  # type: ignore[operator]
-        head.bias.mul_(deviation).add_(mean)  # type: ignore[operator]

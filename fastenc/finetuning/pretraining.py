@@ -18,6 +18,8 @@ from ..training.augmented import Augment
 from ..training.losses import info_nce
 
 METHODS = ("autoencoder", "denoising", "masking", "contrastive")
+# What belongs to some of the methods only.
+OPTIONS = {"noise": ("denoising", "contrastive"), "mask": ("masking", "contrastive"), "temperature": ("contrastive",)}
 
 
 @dataclass(frozen=True)

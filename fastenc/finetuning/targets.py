@@ -31,11 +31,12 @@ class Targets:
         return self.values.shape[1] if self.classes is None else len(self.classes)
 
 
-def read_targets(y: Any, rows: int, task: str = "auto") -> Targets:
+def read_targets(y: Any, rows: int, task: str = "auto", name: str = "y") -> Targets:
     """The targets of training rows.
 
     Args:
         y: [rows] labels (text, booleans, whole numbers, of any value) or [rows] or [rows, outputs] numbers.
+        name: what to call y in errors.
         task: "auto" takes text, booleans and whole numbers in one dimension for classes, all else for numbers.
 
     Raises:
@@ -43,15 +44,17 @@ def read_targets(y: Any, rows: int, task: str = "auto") -> Targets:
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; give one of {', '.join(TASKS)}")
-    labels = _labels(y, rows, "y")
+    labels = _labels(y, rows, name)
     if task == "regression" or (task == "auto" and (labels is None or labels.dtype.kind == "f")):
-        values = as_target(y, rows).to(torch.float32)
+        values = as_target(y, rows, name=name).to(torch.float32)
         return Targets(values[:, None] if values.ndim == 1 else values, None)
     if labels is None:
-        raise DataError(f"y has two dimensions; classification needs one label for each row, as [{rows}]")
+        raise DataError(f"{name} has two dimensions; classification needs one label for each row, as [{rows}]")
     classes, numbers = np.unique(labels, return_inverse=True)
     if len(classes) == 1:
-        raise DataError(f"y holds only the class {classes[0]!s}; classification needs rows of at least two classes")
+        raise DataError(
+            f"{name} holds only the class {classes[0]!s}; classification needs rows of at least two classes"
+        )
     return Targets(torch.from_numpy(numbers.astype(np.int64)), classes)
 
 

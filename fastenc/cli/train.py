@@ -1,0 +1,96 @@
+"""`fastenc train`: an autoencoder of a file that may be larger than memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..chunked import prepare_in_chunks
+from ..data import Chunks, DataError
+from ..encoder import AutoEncoder, Encoder
+from ..explain import explain
+from ..pipeline import check_model_folder, existing_parent, run_in_chunks
+from ..record import write_record
+from ..report import dead_units
+from ..training import EarlyStopping, Trainer
+from .options import (
+    DataArgument,
+    Fitting,
+    Network,
+    OutOption,
+    Preparation,
+    choice,
+    one_or_several,
+    parse_widths,
+    report_rows,
+)
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def train(
+    data: DataArgument,
+    out: OutOption,
+    network: Network,
+    preparation: Preparation,
+    fitting: Fitting,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="A column of labels: no feature, kept for evaluate. May be repeated."),
+    ] = None,
+    loss: Annotated[str, choice("Loss", "mse", "mae")] = "mse",
+    dtype: Annotated[str, choice("Number format of the weights", *DTYPES)] = "float32",
+) -> None:
+    """Train an autoencoder on DATA and save it, with its preprocessing, in --out.
+
+    The preprocessing is learned from the training rows only. A model that is in --out already is replaced when
+    training has succeeded, and not before. DATA may be larger than memory: it is read in chunks, and prepared rows that
+    are many are kept in a file beside --out until the end.
+    """
+    check_model_folder(out)
+    options = fitting.trainer()
+    targets = one_or_several(target)
+    chunks = Chunks(data, target=targets)
+    folder: Path = existing_parent(out)
+    rows = prepare_in_chunks(data, chunks, preparation.preprocessor(), folder, fitting.validation_split, fitting.seed)
+    if fitting.patience is not None and len(rows.x_held_out) == 0:
+        raise DataError(f"--patience needs validation rows, and {data} leaves none; raise --validation-split")
+    report_rows(rows.dropped, rows.rows, rows.unseen)
+    features = rows.x.shape[1]
+    typer.echo(f"{len(rows.x)} rows to train on, {len(rows.x_held_out)} to validate on, {features} features")
+
+    torch.manual_seed(fitting.seed)
+    encoder = Encoder(
+        features, parse_widths(network.widths), network.activation, dropout=network.dropout, dtype=DTYPES[dtype]
+    )
+    model = AutoEncoder(encoder)
+    typer.echo(f"backend for {explain(model, torch.from_numpy(rows.x[: fitting.batch_size]).to(DTYPES[dtype]))}")
+    began = time.perf_counter()
+    history = Trainer(model, loss=loss, **options).fit(
+        rows.x,
+        epochs=fitting.epochs,
+        batch_size=fitting.batch_size,
+        validation_data=rows.x_held_out if len(rows.x_held_out) else None,
+        callbacks=[EarlyStopping(patience=fitting.patience)] if fitting.patience is not None else [],
+    )
+    seconds = time.perf_counter() - began
+    model.save_pretrained(out, preprocessing=rows.preprocessor.to_dict())
+    write_record(
+        out,
+        rows.fingerprint,
+        rows=rows.rows,
+        held_out=fitting.validation_split,
+        seed=fitting.seed,
+        target=targets,
+        history=history.history,
+    )
+    losses = ", ".join(f"{name} {values[-1]:.6g}" for name, values in history.history.items())
+    typer.echo(f"{len(history.epoch)} epochs in {seconds:.1f} s: {losses}")
+    dead = dead_units(run_in_chunks(encoder.eval(), rows.x))
+    if dead:
+        typer.echo(f"{len(dead)} of the code's {encoder.out_features} units never change, and so tell nothing")
+    typer.echo(f"saved in {out}")

@@ -1,0 +1,25 @@
+"""load_pretrained: a folder to whichever model of this package it holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .encoder import AutoEncoder, Classifier, Encoder, Regressor
+from .multitask import MultiTask
+from .pretrained import load_as
+
+CLASSES: dict[str, type] = {each.__name__: each for each in (Encoder, AutoEncoder, Classifier, Regressor, MultiTask)}
+
+
+def load_pretrained(folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Any:
+    """Load whichever fastenc model `folder` holds: Encoder, AutoEncoder, Classifier, Regressor or MultiTask, in eval
+    mode.
+
+    Raises:
+        ModelFileError: as `Pretrained.from_pretrained`.
+    """
+    return load_as(Path(folder), device, CLASSES)
