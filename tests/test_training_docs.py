@@ -9,7 +9,7 @@ TEXT = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
 def test_every_block_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     names = {}
     for block in blocks:
         exec(block, names)
@@ -17,4 +17,5 @@ def test_every_block_runs(tmp_path, monkeypatch, capsys):
     assert "[0, 1, 2, 3, 4, 5]" in output
     assert "65 of 65 steps were taken whole, by the C++ engine" in output
     assert len((tmp_path / "run.csv").read_text().splitlines()) == 7
-    assert {path.name for path in tmp_path.iterdir()} == {"rates.png", "run", "run.csv", "stream", "logs"}
+    written = {"rates.png", "run", "run.csv", "stream", "logs", "tasks", "rows.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == written
