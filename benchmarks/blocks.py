@@ -1,7 +1,7 @@
 """Stacks of the shapes that some peers on a GPU know only: one width without biases, and two layers with gelu between.
 
-The layers of the encoder get narrower, where FullyFusedMLP of tiny-cuda-nn has no place; FusedMLP of flash-attention and
-FusedDenseGeluDense of apex are blocks of a transformer.
+The layers of the encoder get narrower, where FullyFusedMLP of tiny-cuda-nn has no place; and what FusedMLP of
+flash-attention and FusedDenseGeluDense of apex are made for are blocks of a transformer.
 """
 
 from __future__ import annotations
