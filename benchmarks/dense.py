@@ -11,7 +11,7 @@ from fastenc import FusedDense
 
 from .command import Options, Question
 from .harness import Case, Sides
-from .peers import local
+from .peers import gpu, local
 from .stacks import EVERYTHING, FORWARD, stack_bytes, stack_flops, stack_sides
 
 ROWS = (1, 32, 256, 4096)
@@ -44,7 +44,9 @@ def setup(case: Case) -> Sides:
     def eager(x: Tensor) -> Tensor:
         return relu(linear(x))
 
-    return stack_sides(case, M, fused, eager, [linear], {"torch._addmm_activation": local.addmm_activation})
+    peers = {"torch._addmm_activation": local.addmm_activation}
+    models = gpu.RELU if case.device == "cuda" else {}
+    return stack_sides(case, M, fused, eager, [linear], peers, models)
 
 
 QUESTION = Question(

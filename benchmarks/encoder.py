@@ -6,9 +6,10 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 
+from . import blocks
 from .command import Options, Question
 from .harness import Case, Sides
-from .peers import local
+from .peers import gpu, local
 from .stacks import EVERYTHING, FORWARD, PARAMETERS, encoder_sides, stack_bytes, stack_flops
 
 WIDTHS = (784, 128, 64, 32, 16)
@@ -32,13 +33,15 @@ def cases(options: Options) -> Iterator[Case]:
             device=place.device,
             way=place.way,
         )
+    yield from blocks.cases(options)
 
 
 def setup(case: Case, quick: bool) -> Sides:
     peers = {"torch._addmm_activation": local.addmm_activation}
     if not quick and case.sizes["batch"] in COMPILED_BATCHES:
         peers |= {"torch.compile": local.compiled, "Inductor's fused linear": local.inductor_linear}
-    return encoder_sides(case, case.sizes["batch"], WIDTHS, peers)
+    models = gpu.RELU if case.device == "cuda" else {}
+    return encoder_sides(case, case.sizes["batch"], WIDTHS, peers, models)
 
 
 QUESTION = Question(

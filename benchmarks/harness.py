@@ -162,10 +162,10 @@ def set_up(case: Case, seed: int) -> Sides:
 
 
 def measure(case: Case, sides: Sides, budget_s: float, rounds: int) -> Outcome:
-    missing = sides.missing()
     with sides.context():
         if case.device == "cuda" and case.way == cuda.GRAPHS:
             sides = in_graphs(sides)
+        missing = sides.missing()
         take = sample if case.device == "cpu" else cuda.SAMPLES[case.way]
         errors = find_errors(sides, case.device)
         if EVERY in errors:
@@ -180,8 +180,15 @@ def measure(case: Case, sides: Sides, budget_s: float, rounds: int) -> Outcome:
 
 
 def in_graphs(sides: Sides) -> Sides:
-    """The sides with each call recorded in a CUDA graph."""
-    peers = {name: replace(side, call=cuda.recorded(side.call)) for name, side in sides.present().items()}
+    """The sides with each call recorded in a CUDA graph. A peer other than the first that cannot be is missing."""
+    peers = dict(sides.peers)
+    for number, (name, side) in enumerate(sides.present().items()):
+        try:
+            peers[name] = replace(side, call=cuda.recorded(side.call))
+        except Exception as error:
+            if number == 0:
+                raise
+            peers[name] = f"it cannot be recorded in a CUDA graph: {describe_error(error)}"
     return replace(sides, ours=replace(sides.ours, call=cuda.recorded(sides.ours.call)), peers=peers)
 
 

@@ -43,7 +43,7 @@ def to_page(records: Sequence[Record], pictures: Mapping[str, str]) -> str:
             items(facts(rows)),
             table(SUMMARY_HEADER, [(summary_cells(summary), "") for summary in summarise(rows)]),
             table(header(shown), [(cells(record, shown), css_class(record)) for record in shown]),
-            items(f"missing: {peer}: {why}" for peer, why in missing(rows).items()),
+            items(f"missing: {peer}: {why}" for peer, why in missing(rows)),
         ]
     drawn = [f"<h2>{html.escape(name)}</h2>{svg[svg.index('<svg') :]}" for name, svg in pictures.items()]
     return (

@@ -1,10 +1,11 @@
-"""Sides for a stack of Linear + relu layers: the same weights and inputs, forward or forward and backward."""
+"""Sides for a stack of Linear layers with activations: same weights and inputs, forward or forward and backward."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,62 +46,91 @@ def stack_bytes(M: int, widths: Sequence[int], mode: str, itemsize: int) -> int:
 
 
 Peer = Callable[[Sequence[nn.Linear], Tensor], "Side | str"]
+Forward = Callable[[Tensor], Tensor]
+
+
+class Model(NamedTuple):
+    """Layers as a peer has them: what runs them, and its own weight [out, in] and bias [out] of each in turn."""
+
+    forward: Forward
+    parameters: list[Tensor]
+
+
+# Of the layers, the rows and whether gradients will be asked for: a Model with those weights, or why there is none.
+ModelMaker = Callable[[Sequence[nn.Linear], Tensor, bool], Model | str]
 
 
 def with_relus(layers: Sequence[nn.Linear]) -> nn.Sequential:
     return nn.Sequential(*(module for layer in layers for module in (layer, nn.ReLU())))
 
 
-def encoder_sides(case: Case, M: int, widths: Sequence[int], peers: Mapping[str, Peer] = MappingProxyType({})) -> Sides:
-    """Sides of an Encoder of these widths, relu after each layer, on `M` rows; `peers` as stack_sides has them."""
+def encoder_sides(
+    case: Case,
+    M: int,
+    widths: Sequence[int],
+    peers: Mapping[str, Peer] = MappingProxyType({}),
+    models: Mapping[str, ModelMaker] = MappingProxyType({}),
+) -> Sides:
+    """Sides of an Encoder of these widths, relu after each layer, on `M` rows; the rest as stack_sides has it."""
     layers = [nn.Linear(K, N, dtype=case.dtype) for K, N in itertools.pairwise(widths)]
     fused = Encoder(widths[0], widths[1:], activation="relu", dtype=case.dtype)
-    return stack_sides(case, M, fused, with_relus(layers), layers, peers)
+    return stack_sides(case, M, fused, with_relus(layers), layers, peers, models)
 
 
 def stack_sides(
     case: Case,
     M: int,
     fused: nn.Module,
-    eager: Callable[[Tensor], Tensor],
+    eager: Forward,
     layers: Sequence[nn.Linear],
     peers: Mapping[str, Peer] = MappingProxyType({}),
+    models: Mapping[str, ModelMaker] = MappingProxyType({}),
+    activations: Sequence[Forward] | None = None,
 ) -> Sides:
-    """Sides of `fused` and of `eager`, which runs `layers` with relu after each. `fused` is given their weights.
+    """Sides of `fused` and of `eager`, which runs `layers` with `activations`. `fused` is given their weights.
 
     peers: more ways to run the layers forward, by name; taken in the mode FORWARD.
+    models: more ways in any mode.
+    activations: after each layer; None means relu.
     """
     parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
     with torch.no_grad():
-        for ours, theirs in zip(fused.parameters(), parameters, strict=True):
-            ours.copy_(theirs)
-    x = draw_rows(layers, M)
+        for own, theirs in zip(fused.parameters(), parameters, strict=True):
+            own.copy_(theirs)
+    x = draw_rows(layers, M) if activations is None else torch.randn(M, layers[0].in_features).to(parameters[0].dtype)
     grad_out = torch.randn(M, layers[-1].out_features).to(x.dtype)
-    exact = exact_results(layers, x, grad_out)
+    exact = exact_results(layers, x, grad_out, activations)
     names = ("out", "grad_x", *(f"grad_{name}{i}" for i in range(len(layers)) for name in ("weight", "bias")))
+    made = {name: make(layers, x, case.mode != FORWARD) for name, make in models.items()}
     if case.mode == FORWARD:
         fused.eval()
         with torch.inference_mode():
             others = {name: peer(layers, x) for name, peer in peers.items()}
         sides: dict[str, Side | str] = {EAGER: Side(lambda: (eager(x),)), **others}
+        sides |= {name: forward_side(model, x) for name, model in made.items()}
         return Sides(Side(lambda: (fused(x),)), sides, exact[:1], names[:1], torch.inference_mode)
-    if case.mode == PARAMETERS:
-        return Sides(
-            Side(training_call(fused, x, [*fused.parameters()], grad_out)),
-            {EAGER: Side(training_call(eager, x, parameters, grad_out))},
-            exact[:1] + exact[2:],
-            names[:1] + names[2:],
-        )
-    fused_x, eager_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    return Sides(
-        Side(training_call(fused, fused_x, [fused_x, *fused.parameters()], grad_out)),
-        {EAGER: Side(training_call(eager, eager_x, [eager_x, *parameters], grad_out))},
-        exact,
-        names,
-    )
+    wants_grad_x = case.mode == EVERYTHING
+    if not wants_grad_x:
+        exact, names = exact[:1] + exact[2:], names[:1] + names[2:]
+    ours = training_side(Model(fused, [*fused.parameters()]), x, grad_out, wants_grad_x)
+    sides = {EAGER: training_side(Model(eager, parameters), x, grad_out, wants_grad_x)}
+    for name, model in made.items():
+        sides[name] = model if isinstance(model, str) else training_side(model, x, grad_out, wants_grad_x)
+    return Sides(ours, sides, exact, names)
 
 
-def training_call(forward: Callable[[Tensor], Tensor], x: Tensor, leaves: list[Tensor], grad_out: Tensor) -> Call:
+def forward_side(model: Model | str, x: Tensor) -> Side | str:
+    return model if isinstance(model, str) else Side(lambda: (model.forward(x),))
+
+
+def training_side(model: Model, x: Tensor, grad_out: Tensor, wants_grad_x: bool) -> Side:
+    if not wants_grad_x:
+        return Side(training_call(model.forward, x, model.parameters, grad_out))
+    own = x.clone().requires_grad_()
+    return Side(training_call(model.forward, own, [own, *model.parameters], grad_out))
+
+
+def training_call(forward: Forward, x: Tensor, leaves: list[Tensor], grad_out: Tensor) -> Call:
     """Forward and backward. Gradients are allocated afresh, as after `zero_grad(set_to_none=True)`."""
 
     def call() -> Results:
@@ -113,13 +143,17 @@ def training_call(forward: Callable[[Tensor], Tensor], x: Tensor, leaves: list[T
     return call
 
 
-def exact_results(layers: Sequence[nn.Linear], x: Tensor, grad_out: Tensor) -> Results:
-    """out, grad_x, and grad_weight, grad_bias of each layer, in float64."""
+def exact_results(
+    layers: Sequence[nn.Linear], x: Tensor, grad_out: Tensor, activations: Sequence[Forward] | None = None
+) -> Results:
+    """out, grad_x, and grad_weight, grad_bias of each layer, in float64. activations: as stack_sides has them."""
     leaves = [x, *(parameter for layer in layers for parameter in (layer.weight, layer.bias))]
     leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
     out = leaves[0]
-    for weight, bias in zip(leaves[1::2], leaves[2::2], strict=True):
-        out = torch.relu(out @ weight.T + bias)
+    for weight, bias, activation in zip(
+        leaves[1::2], leaves[2::2], activations or [torch.relu] * len(layers), strict=True
+    ):
+        out = activation(out @ weight.T + bias)
     return (out.detach(), *torch.autograd.grad(out, leaves, grad_out.double()))
 
 

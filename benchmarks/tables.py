@@ -24,13 +24,13 @@ def to_markdown(records: Sequence[Record]) -> str:
     shown = [record for record in records if record["missing"] is None]
     lines += markdown_table(header(shown), [cells(record, shown) for record in shown])
     lines += ["", *markdown_table(SUMMARY_HEADER, [summary_cells(summary) for summary in summarise(records)]), ""]
-    lines += [f"- missing: {peer}: {why}" for peer, why in missing(records).items()]
+    lines += [f"- missing: {peer}: {why}" for peer, why in missing(records)]
     return "\n".join(lines) + "\n"
 
 
-def missing(records: Sequence[Record]) -> dict[str, str]:
-    """Why, of each peer that is missing somewhere."""
-    return {record["peer"]: record["missing"] for record in records if record["missing"] is not None}
+def missing(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Each peer that is missing somewhere, with each of its reasons."""
+    return list(dict.fromkeys((r["peer"], r["missing"]) for r in records if r["missing"] is not None))
 
 
 def facts(records: Sequence[Record]) -> list[str]:

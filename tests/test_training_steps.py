@@ -9,11 +9,14 @@ import torch
 from small_models import assert_near, assert_same_weights, make_classifier, make_model, make_x, weights
 from torch import nn
 from torch.amp import GradScaler
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fastenc.data import DataError
 from fastenc.training import Callback, Trainer
+from fastenc.training.sources import Rows
+from fastenc.training.steps import train_rows
 from fastenc.training.update import Update
 
 
@@ -219,3 +222,19 @@ def test_a_trainer_does_not_keep_the_data_of_its_fit():
     del data
     gc.collect()
     assert kept() is None
+
+
+def test_no_tensor_of_a_step_outlives_it_on_the_cpu():
+    """A small one kept of each would lie between the large ones of the next, and memory would grow with every step."""
+    kept = []
+
+    def after_step(step, value):
+        assert all(storage.expired() for storage in kept)
+        kept.append(StorageWeakRef(value.untyped_storage()))
+        return False
+
+    model, x = nn.Linear(4, 4), torch.rand(12, 4)
+    update = Update(torch.optim.SGD(model.parameters(), lr=0.1))
+    losses, counts = train_rows(model, F.mse_loss, update, Rows(x, x), None, 4, after_step)
+    assert len(kept) == 3
+    assert (losses.dtype, losses.shape, counts.tolist()) == (torch.float32, (3,), [4, 4, 4])

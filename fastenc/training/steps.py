@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def train_batches(
     the device before the end.
     """
     parameters = list(model.parameters())
-    losses: list[Tensor] = []
+    losses: list[Tensor | float] = []
     counts: list[int] = []
     pending = 0  # batches whose gradients wait for their update
     for x, target in batches:
@@ -64,7 +65,9 @@ def train_batches(
         else:
             value = _add_gradients(model, parameters, loss, update, x, target, first=pending == 0)
             pending += 1
-        losses.append(value)
+        # On the CPU a number: a small tensor kept of each step would lie between the large ones of the next, which then
+        # find no room there, and the memory would grow with every step.
+        losses.append(value.item() if value.is_cpu else value)
         counts.append(x.shape[0])
         if pending == update.accumulate:
             _apply_mean(parameters, update, sum(counts[-pending:]))
@@ -73,7 +76,10 @@ def train_batches(
             break
     if pending:
         _apply_mean(parameters, update, sum(counts[-pending:]))
-    return torch.stack(losses), torch.tensor(counts, device="cpu")
+    counted = torch.tensor(counts, device="cpu")
+    if value.is_cpu:
+        return torch.tensor(losses, dtype=value.dtype, device="cpu"), counted
+    return torch.stack(cast("list[Tensor]", losses)), counted
 
 
 def take_step(
