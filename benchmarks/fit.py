@@ -54,12 +54,13 @@ def cases(options: Options) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Plan:
-    """An autoencoder, and how it is trained."""
+    """An autoencoder, and how it is trained: its first `frozen` layers are not."""
 
     widths: Widths
     rows: int
     batch: int
     epochs: int
+    frozen: int = 0
 
     @property
     def steps(self) -> int:
@@ -75,7 +76,7 @@ def training_case(
     setup: Callable[[Case], Sides],
 ) -> Case:
     rows = plan.epochs * plan.rows / plan.steps
-    flops, moved = step_flops(rows, plan.widths), step_bytes(rows, plan.widths)
+    flops, moved = step_flops(rows, plan.widths, plan.frozen), step_bytes(rows, plan.widths, plan.frozen)
     return Case(mode, sizes, dtype, place.threads, flops, moved, setup, plan.steps, device=place.device, way=place.way)
 
 
@@ -84,15 +85,16 @@ def layer_sizes(widths: Widths) -> list[tuple[int, int]]:
     return list(itertools.pairwise((*widths, *widths[-2::-1])))
 
 
-def step_flops(rows: float, widths: Widths) -> int:
-    """Products of a step of `rows` rows: forward, grad_weight, and a grad_x for each layer but the first."""
-    return round(2 * rows * (3 * sum(K * N for K, N in layer_sizes(widths)) - widths[0] * widths[1]))
+def step_flops(rows: float, widths: Widths, frozen: int = 0) -> int:
+    """Products of a step of `rows` rows: forward; grad_weight of what is trained, grad_x of all but the first of it."""
+    products = [K * N for K, N in layer_sizes(widths)]
+    return round(2 * rows * (sum(products) + sum(products[frozen:]) + sum(products[frozen + 1 :])))
 
 
-def step_bytes(rows: float, widths: Widths) -> int:
-    """The rows, and each parameter with Adam's two moments read and written, in float32."""
-    parameters = sum(K * N + N for K, N in layer_sizes(widths))
-    return round(4 * (rows * widths[0] + 6 * parameters))
+def step_bytes(rows: float, widths: Widths, frozen: int = 0) -> int:
+    """The rows, frozen parameters read, and each other one with Adam's two moments read and written, in float32."""
+    parameters = [K * N + N for K, N in layer_sizes(widths)]
+    return round(4 * (rows * widths[0] + sum(parameters[:frozen]) + 6 * sum(parameters[frozen:])))
 
 
 def setup(case: Case, plan: Plan, options: Options) -> Sides:
@@ -142,14 +144,15 @@ class Problem:
         self.plan = plan
         self.rounded = case.dtype != torch.float32
         self.precision: Precision = partial(torch.autocast, case.device, case.dtype) if self.rounded else nullcontext
-        self.drawn = [draw_problem(plan.widths) for _ in range(ROUNDED_PROBLEMS if self.rounded else 1)]
+        count = ROUNDED_PROBLEMS if self.rounded else 1
+        self.drawn = [draw_problem(plan.widths, plan.frozen) for _ in range(count)]
         self.data = torch.rand(plan.rows, plan.widths[0]) if data is None else data
 
     def side(self, make: Callable[[Widths], nn.Module], call: Callable[..., Call], **chosen: Any) -> Side:
         def verify() -> Results:
             losses, outputs = [], []
             for drawn in self.drawn:
-                model = make(self.plan.widths)
+                model = freeze(make(self.plan.widths), self.plan.frozen)
                 train = call(
                     model,
                     drawn.weights,
@@ -165,7 +168,7 @@ class Problem:
             return tuple(outputs) if self.rounded else (*losses, *outputs)
 
         timed = call(
-            make(self.plan.widths),
+            freeze(make(self.plan.widths), self.plan.frozen),
             self.drawn[0].weights,
             self.data,
             self.plan.epochs,
@@ -183,22 +186,25 @@ class Problem:
     def trainer_against(self, *names: str) -> Sides:
         return self.sides(self.side(make_fused, fused_call), self.eager(*names))
 
+    @property
+    def exact(self) -> Results:
+        return tuple(drawn.exact[-1] for drawn in self.drawn) if self.rounded else self.drawn[0].exact
+
     def sides(self, ours: Side, peers: dict[str, Side | str]) -> Sides:
         if self.rounded:
-            outputs = tuple(drawn.exact[-1] for drawn in self.drawn)
-            return Sides(ours, peers, outputs, ("output",) * len(outputs), rounded=True)
+            return Sides(ours, peers, self.exact, ("output",) * len(self.exact), rounded=True)
         losses = (f"loss of epoch {epoch + 1}" for epoch in range(CHECKED_EPOCHS))
-        return Sides(ours, peers, self.drawn[0].exact, (*losses, "output"))
+        return Sides(ours, peers, self.exact, (*losses, "output"))
 
 
-def draw_problem(widths: Widths) -> Drawn:
+def draw_problem(widths: Widths, frozen: int = 0) -> Drawn:
     """Drawn again while training meets a value so near to zero before a relu that rounding decides which way a gradient
     goes: from there two right answers part.
     """
     while True:
         weights = [parameter.detach().clone() for parameter in make_eager(widths).parameters()]
         x = torch.rand(CHECKED_ROWS, widths[0])
-        exact, nearest = train_exactly(widths, weights, x)
+        exact, nearest = train_exactly(widths, weights, x, frozen=frozen)
         if nearest > MARGIN:
             return Drawn(weights, x, exact)
 
@@ -214,10 +220,14 @@ class EpsilonFirst(torch.optim.Adam):
 
 
 def train_exactly(
-    widths: Widths, weights: list[Tensor], x: Tensor, optimizer: type[torch.optim.Adam] = torch.optim.Adam
+    widths: Widths,
+    weights: list[Tensor],
+    x: Tensor,
+    optimizer: type[torch.optim.Adam] = torch.optim.Adam,
+    frozen: int = 0,
 ) -> tuple[Results, float]:
     """What the check compares, in float64, and the value before a relu that is nearest to 0, in the layer's largest."""
-    model = make_eager(widths).double()
+    model = freeze(make_eager(widths).double(), frozen)
     nearest: list[float] = []
 
     def note(_module: nn.Module, _x: tuple, preact: Tensor) -> None:
@@ -242,6 +252,13 @@ def make_eager(widths: Widths) -> nn.Module:
     layers = [nn.Linear(K, N) for K, N in layer_sizes(widths)]
     modules = [module for layer in layers for module in (layer, nn.ReLU())]
     return nn.Sequential(*modules[:-1])
+
+
+def freeze(model: nn.Module, layers: int) -> nn.Module:
+    """The model, whose first `layers` layers are not trained."""
+    for parameter in [*model.parameters()][: 2 * layers]:  # a weight and a bias each
+        parameter.requires_grad_(False)
+    return model
 
 
 @torch.no_grad()

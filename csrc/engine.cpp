@@ -42,11 +42,12 @@ class TrainingEngine {
   TrainingEngine(const TrainingEngine&) = delete;
   ~TrainingEngine() { engine_.destroy(training_); }
 
-  int64_t run(uintptr_t x, int64_t x_stride, uintptr_t target, int64_t target_stride, uintptr_t labels, uintptr_t order,
-              int64_t rows, uintptr_t rates, uint64_t seed, int64_t first_step, uintptr_t losses) {
-    const TrainCall call = {at<float>(x),       x_stride, at<float>(target), target_stride, at<int64_t>(labels),
-                            at<int64_t>(order), rows,     at<double>(rates), seed,          first_step,
-                            at<double>(losses)};
+  int64_t run(uintptr_t x, int64_t x_stride, uintptr_t target, int64_t target_stride, uintptr_t labels,
+              uintptr_t weights, uintptr_t order, int64_t rows, uintptr_t rates, uint64_t seed, int64_t first_step,
+              uintptr_t losses) {
+    const TrainCall call = {at<float>(x),       x_stride,           at<float>(target), target_stride,
+                            at<int64_t>(labels), at<float>(weights), at<int64_t>(order), rows,
+                            at<double>(rates),  seed,               first_step,        at<double>(losses)};
     const Runtime borrowed = runtime();
     if (args_.dtype == Dtype::kBFloat16 && borrowed.brgemm_bfloat16 == nullptr)
       throw py::value_error("this CPU, or this torch, does not multiply bfloat16; train in float32");
@@ -111,8 +112,8 @@ PYBIND11_MODULE(_C, m) {
            py::kw_only(), py::arg("layers"), py::arg("groups"), py::arg("bfloat16"), py::arg("batch_size"),
            py::arg("loss"), py::arg("optimizer"), py::arg("l1"), py::arg("clip_norm"), py::arg("clip_value"))
       .def("run", &TrainingEngine::run, py::kw_only(), py::arg("x"), py::arg("x_stride"), py::arg("target"),
-           py::arg("target_stride"), py::arg("labels"), py::arg("order"), py::arg("rows"), py::arg("rates"),
-           py::arg("seed"), py::arg("first_step"), py::arg("losses"),
+           py::arg("target_stride"), py::arg("labels"), py::arg("weights"), py::arg("order"), py::arg("rows"),
+           py::arg("rates"), py::arg("seed"), py::arg("first_step"), py::arg("losses"),
            "Takes the steps of `rows` rows, as TrainCall in csrc/cpu/train.h, without the GIL. Returns how many it "
            "took: fewer than all where a loss is not finite.");
 }

@@ -9,7 +9,7 @@ from .evaluation import EvaluationReport, evaluate
 from .explain import explain
 from .finetuning import FineTuned, GradualUnfreezing, finetune
 from .functional import encoder, fused_dense
-from .loading import load_pretrained
+from .loading import load_pretrained, load_with_preprocessing
 from .lora import add_lora, load_lora, merge_lora, save_lora
 from .modules import FusedDense
 from .multitask import MultiTask, Task
@@ -51,6 +51,7 @@ __all__ = [
     "load_lora",
     "load_preprocessing",
     "load_pretrained",
+    "load_with_preprocessing",
     "merge_lora",
     "save_lora",
     "to_plain",

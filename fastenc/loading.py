@@ -22,4 +22,18 @@ def load_pretrained(folder: str | os.PathLike[str], *, device: torch.device | st
     Raises:
         ModelFileError: as `Pretrained.from_pretrained`.
     """
+    return load_with_preprocessing(folder, device=device)[0]
+
+
+def load_with_preprocessing(
+    folder: str | os.PathLike[str], *, device: torch.device | str | None = None
+) -> tuple[Any, dict[str, Any] | None]:
+    """What `load_pretrained` and `load_preprocessing` give, both of one save.
+
+    Called one after the other these two may come from before and after a save of another process; here the file is
+    opened once.
+
+    Raises:
+        ModelFileError: as `Pretrained.from_pretrained`.
+    """
     return load_as(Path(folder), device, CLASSES)

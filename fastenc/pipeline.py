@@ -14,7 +14,7 @@ from torch import nn
 
 from .data import Chunks, Data, DataError, Prepared, Preprocessor, as_rows
 from .data.sources import target_part
-from .loading import load_pretrained
+from .loading import load_with_preprocessing
 from .pretrained import MODEL_FILE, load_preprocessing
 from .record import split_rows
 
@@ -84,9 +84,9 @@ class SavedModel:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.model: nn.Module = load_pretrained(folder)
+        self.model: nn.Module
+        self.model, state = load_with_preprocessing(folder)
         self.encoder: Any = getattr(self.model, "encoder", self.model)
-        state = load_preprocessing(folder)
         with naming(str(folder)):
             self.preprocessor = None if state is None else Preprocessor.from_dict(state)
 

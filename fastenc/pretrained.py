@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .files import canonical, remove_abandoned, separate, tensors_digest, text_digest, write_atomically
+from .files import OtherFormatError, remove_abandoned, seal, separate, tensors_digest, unseal, write_atomically
 
 MODEL_FILE = "model.safetensors"
 CONFIG_COPY = "config.json"
@@ -64,7 +64,7 @@ class Pretrained:
         _check_config(self, tensors)
         tied = _tied_names(self)
         tensors = separate({name: tensor for name, tensor in tensors.items() if name not in tied})
-        record = {
+        record: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "class": type(self).__name__,
             "config": self.get_config(),
@@ -73,10 +73,9 @@ class Pretrained:
             "tensors_sha256": tensors_digest(tensors),
         }
         try:
-            record = json.loads(canonical(record))  # tuples to lists, keys to text: what a load will see
+            metadata = {_METADATA_KEY: seal(record)}
         except (TypeError, ValueError) as error:
             raise ModelFileError(f"config and preprocessing must be what JSON can hold: {error}") from error
-        metadata = {_METADATA_KEY: canonical({**record, "sha256": text_digest(canonical(record))})}
 
         folder = Path(folder)
         try:
@@ -99,11 +98,13 @@ class Pretrained:
         Raises:
             ModelFileError: the folder holds no intact model of this class; the message says what to do.
         """
-        return load_as(Path(folder), device, {cls.__name__: cls})
+        return load_as(Path(folder), device, {cls.__name__: cls})[0]
 
 
 def load_preprocessing(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The preprocessing saved with the model in `folder`, or None. The tensors are not read.
+
+    Where another process may save to the folder, `load_with_preprocessing` gives it with its model.
 
     Raises:
         ModelFileError: as `Pretrained.from_pretrained`.
@@ -116,8 +117,10 @@ def load_preprocessing(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         raise _damaged(path, error) from None
 
 
-def load_as(folder: Path, device: torch.device | str | None, classes: dict[str, type]) -> Any:
-    """The model in `folder`, which is of one of `classes`, by name.
+def load_as(
+    folder: Path, device: torch.device | str | None, classes: dict[str, type]
+) -> tuple[Any, dict[str, Any] | None]:
+    """The model in `folder`, which is of one of `classes`, by name, and its preprocessing, both of one save.
 
     Raises:
         ModelFileError: as `Pretrained.from_pretrained`.
@@ -149,7 +152,7 @@ def load_as(folder: Path, device: torch.device | str | None, classes: dict[str, 
     model.load_state_dict(tensors, assign=True)
     for alias, kept in record["tied"].items():
         _set_parameter(model, alias, model.get_parameter(kept))
-    return model.to(device or "cpu").eval()
+    return model.to(device or "cpu").eval(), record["preprocessing"]
 
 
 def _model_path(folder: Path) -> Path:
@@ -174,17 +177,11 @@ def _read_record(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     if not metadata or _METADATA_KEY not in metadata:
         raise ModelFileError(f"{path} was not written by fastenc; give a folder that save_pretrained wrote")
     try:
-        record = json.loads(metadata[_METADATA_KEY])
-        version = record["format_version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise ModelFileError(
-                f"{path} has format version {version} and this fastenc reads up to {FORMAT_VERSION}; upgrade fastenc"
-            )
-        if record.pop("sha256") != text_digest(canonical(record)):
-            raise _damaged(path, "the config does not match its checksum")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        return unseal(metadata[_METADATA_KEY], path, FORMAT_VERSION)
+    except OtherFormatError as error:
+        raise ModelFileError(str(error)) from None
+    except ValueError as error:
         raise _damaged(path, error) from None
-    return record
 
 
 def _damaged(path: Path, why: object) -> ModelFileError:

@@ -107,6 +107,39 @@ def test_torchvisions_transforms_are_asked_for(monkeypatch):
     assert [name for name, *_ in made] == ["Identity"]
 
 
+def test_torchvisions_own_transforms():
+    """The real ones: images of shifted, cropped and mirrored digits, and a fit with them."""
+    pytest.importorskip("torchvision", reason="torchvision wants one torch exactly, so that no extra here can have it")
+    image = torch.arange(64.0).reshape(1, 8, 8) / 64
+    x = image.reshape(1, 64).repeat(200, 1)
+    flipped = image_augmentation((8, 8), shift=0.0, flip=True)(x).reshape(200, 8, 8)
+    mirrored = (flipped == image.flip(-1)).flatten(1).all(1)
+    assert ((flipped == image).flatten(1).all(1) | mirrored).all()
+    assert 60 < mirrored.sum() < 140
+    shifted = image_augmentation((8, 8), shift=0.25)(x)
+    assert shifted.shape == x.shape
+    moves = {
+        tuple(torch.roll(image[0], (down, right), (0, 1)).flatten().tolist()): (down, right)
+        for down in range(-2, 3)
+        for right in range(-2, 3)
+    }
+    inner = [(row.reshape(8, 8)[2:6, 2:6], row) for row in shifted]
+    known = {key: torch.tensor(key).reshape(8, 8)[2:6, 2:6] for key in moves}
+    found = {moves[key] for part, _ in inner for key, move in known.items() if torch.equal(part, move)}
+    assert len(found) > 15  # of 25 whole pixels up to a quarter of the image
+    cropped = image_augmentation((8, 8), shift=0.0, crop=0.5)(x)
+    assert cropped.shape == x.shape
+    assert cropped.isfinite().all()
+    assert len(cropped.unique(dim=0)) > 100
+    coloured = image_augmentation((3, 4, 4), shift=0.0, flip=True)(torch.rand(5, 48))
+    assert coloured.shape == (5, 48)
+    model = make_model()
+    trainer = Trainer(model, seed=0)
+    trainer.fit(make_x(), augment=image_augmentation((2, 3), shift=0.5, flip=True), epochs=2, verbose=False)
+    assert "C++" in trainer.explain()
+    assert not torch.equal(model.encoder.layers[0].weight, make_model().encoder.layers[0].weight)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -39,6 +39,25 @@ def test_steps(mode: str, dtype: torch.dtype) -> None:
     assert len(outcome.samples) == (2 if mode == step.TRAINER else 1)
 
 
+@pytest.mark.parametrize("mode", [step.FROZEN_TRAINER, step.FROZEN_LOOP])
+@pytest.mark.parametrize("dtype", OPTIONS.dtypes, ids=str)
+def test_steps_of_frozen_layers(mode: str, dtype: torch.dtype) -> None:
+    plan = fit.Plan((12, 8, 6, 4), 40, 16, 2, frozen=2)
+    outcome = run(training(mode, step.setup, plan, dtype))
+    assert not outcome.errors
+    assert list(outcome.samples)[-2:] == [fit.FUSED_ADAM, step.NOTHING_FROZEN]
+    layers = fit.layer_sizes(plan.widths)
+    gradients = 2 * sum(K * N for K, N in layers[2:]) - layers[2][0] * layers[2][1]
+    assert fit.step_flops(10, plan.widths, 2) == 20 * (sum(K * N for K, N in layers) + gradients)
+
+
+def test_layers_that_are_frozen_stay_as_they_are() -> None:
+    for make in (fit.make_fused, fit.make_eager):
+        model = fit.freeze(make((12, 8, 6, 4)), 2)
+        trained = [parameter.requires_grad for parameter in model.parameters()]
+        assert trained == [False] * 4 + [True] * 8
+
+
 @pytest.mark.parametrize("setup", [scaling.train, scaling.from_map], ids=lambda setup: setup.__name__)
 def test_growing_training(setup) -> None:
     assert not run(training("growing", setup)).errors

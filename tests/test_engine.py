@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from fastenc import _C, AutoEncoder, Callback, Classifier, Encoder, Trainer, use
 from fastenc.activation import ACTIVATIONS
 from fastenc.backends.reference import dropout_scale
 from fastenc.training.engine import LOSS_CODES, EngineSteps
-from fastenc.training.losses import LOSSES
+from fastenc.training.losses import BATCH_LOSSES, LOSSES
 from fastenc.training.sources import Rows
 from fastenc.training.update import Update
 
@@ -60,12 +61,12 @@ def train(model, data, loss, optimizer, epochs, *, engine: bool, **options):
 
 def in_double(data: Rows) -> Rows:
     target = data.target.double() if data.target.is_floating_point() else data.target
-    return Rows(data.x.double(), target)
+    return Rows(data.x.double(), target, weight=None if data.weight is None else data.weight.double())
 
 
-def compare(model, data, loss, make_optimizer, epochs=50, **options):
+def compare(model, data, loss, make_optimizer, epochs=50, order=None, **options):
     """The engine, autograd in float32 and in float64, each from the same weights and over the same batches."""
-    order = orders(epochs)
+    order = order or orders(epochs)
     results = []
     for engine, double in ((True, False), (False, False), (False, True)):
         twin = copy.deepcopy(model).double() if double else copy.deepcopy(model)
@@ -102,7 +103,33 @@ def test_losses_over_200_steps(loss):
 
 
 def test_losses_have_the_order_of_the_engine():
-    assert set(LOSS_CODES) == set(LOSSES) - {"cosine", "info_nce", "triplet"}  # which look at several rows or columns
+    assert set(LOSS_CODES) == set(LOSSES) - set(BATCH_LOSSES)
+
+
+@pytest.mark.parametrize("side", ["output", "target"])
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-9, 1e-7])
+def test_cosines_of_tiny_vectors(side, size):
+    """Norms below 1e-8 are raised to it, and have PyTorch's gradient."""
+    torch.manual_seed(9)
+    model = Encoder(5, (5,), final_activation="identity")
+    with torch.no_grad():
+        model.layers[0].weight.copy_(torch.eye(5))
+        model.layers[0].bias.zero_()
+    x, target = torch.randn(BATCH, 5), torch.randn(BATCH, 5)
+    data = Rows(x * size, target) if side == "output" else Rows(x, target * size)
+    compare(model, data, "cosine", lambda p: torch.optim.SGD(p, lr=1.0), order=[torch.arange(BATCH)])
+
+
+@pytest.mark.parametrize("loss", LOSS_CODES)
+def test_weights_of_rows_over_200_steps(loss):
+    torch.manual_seed(10)
+    model = make_model(final="sigmoid" if loss == "bce" else "identity")
+    data = make_data(loss)
+    if loss in ("mae", "huber"):
+        data = replace(data, target=data.target + torch.where(data.target > 0.5, 5.0, -5.0))
+    weight = 2 * torch.rand(ROWS)
+    weight[::5] = 0.0
+    compare(model, replace(data, weight=weight), loss, OPTIMIZERS["sgd"])
 
 
 def test_cross_entropy_with_probabilities():
@@ -201,7 +228,7 @@ def test_bfloat16_under_autocast():
     check(*results)
 
 
-@pytest.mark.parametrize("loss", ["mse", "bce_with_logits"])
+@pytest.mark.parametrize("loss", ["mse", "bce_with_logits", "cosine"])
 def test_autocast_around_a_whole_fit(loss):
     """Autocast keeps casts of the weights until its end: training must not go on with those of the first step."""
     ends = []

@@ -112,6 +112,7 @@ def test_pre_training_changes_where_fine_tuning_starts():
         assert len(result.pretraining.history.epoch) == len(result.history.epoch) == 3
         if kind == "contrastive":
             assert result.pretraining.how.startswith("step by step: the model is not a plain")
+            assert result.pretraining.how.endswith("it is a Projected")
         else:
             assert result.pretraining.how == WHOLE
             assert isinstance(result.pretraining.model, AutoEncoder)

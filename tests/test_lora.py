@@ -85,6 +85,7 @@ def test_the_engine_takes_merged_models_and_says_why_not_adapted_ones():
     trainer = Trainer(model)
     trainer.fit(X, verbose=False)
     assert trainer.explain().startswith("step by step: the model is not a plain")
+    assert trainer.explain().endswith("is a LoraDense")
     trainer = Trainer(merge_lora(model))
     trainer.fit(X, verbose=False)
     assert trainer.explain().endswith("by the C++ engine")

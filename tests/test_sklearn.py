@@ -24,7 +24,11 @@ from fastenc.sklearn import EncoderClassifier, EncoderOutlierDetector, EncoderRe
 ESTIMATORS = [EncoderTransformer, EncoderClassifier, EncoderRegressor, EncoderOutlierDetector]
 QUICK = {"widths": (32, 8), "epochs": 20, "lr": 0.01}
 # check -> why it is left out
-EXCEPTED = {"check_array_api_input": "skips itself unless SCIPY_ARRAY_API was set before Python began"}
+EXCEPTED = {
+    "check_array_api_input": "skips itself unless SCIPY_ARRAY_API was set before Python began",
+    "check_sample_weight_equivalence_on_dense_data": "compares to 1e-7, and training is in float32, in batches; "
+    "test_weights_are_rows_that_come_so_often compares what is left when all rows are one batch",
+}
 CHECKS = [
     (estimator, check)
     for each in ESTIMATORS
@@ -73,16 +77,16 @@ def test_a_pickled_estimator_gives_the_same(each, iris):
 
 def test_training_takes_the_engine(iris, monkeypatch):
     """The fast path of Trainer, by what Trainer itself says."""
-    from fastenc import sklearn
+    from fastenc.sklearn import base
 
     trainers = []
 
-    class Watched(sklearn.Trainer):
+    class Watched(base.Trainer):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             trainers.append(self)
 
-    monkeypatch.setattr(sklearn, "Trainer", Watched)
+    monkeypatch.setattr(base, "Trainer", Watched)
     for each in ESTIMATORS:
         each(**QUICK).fit(*iris)
     assert len(trainers) == 4
@@ -144,14 +148,95 @@ def test_detector_finds_what_does_not_fit():
     assert roc_auc_score(labels, detector.decision_function(rest)) > 0.9
 
 
+@pytest.mark.parametrize("each", ESTIMATORS)
+def test_weights_are_rows_that_come_so_often(each, iris):
+    """All rows in one batch: then only the rounding of sums in float32 differs, which 20 steps let grow."""
+    x, y = (part.to_numpy() for part in iris)
+    times = np.arange(len(x)) % 4  # of some rows none
+    settings = {**QUICK, "activation": "tanh", "batch_size": 10_000, "random_state": 0}
+    weighed = each(**settings).fit(x, y, sample_weight=times)
+    repeated = each(**settings).fit(x.repeat(times, axis=0), y.repeat(times))
+    plain = each(**settings).fit(x, y)
+    call = (
+        "transform" if each is EncoderTransformer else "score_samples" if each is EncoderOutlierDetector else "predict"
+    )
+    call = "predict_proba" if each is EncoderClassifier else call
+    found, exact, other = (getattr(estimator, call)(x) for estimator in (weighed, repeated, plain))
+    assert np.abs(found - exact).max() < 1e-3 * np.abs(other - exact).max()
+    if each is EncoderOutlierDetector:
+        assert weighed.offset_ == pytest.approx(repeated.offset_, rel=1e-4)
+
+
+def test_the_threshold_is_the_highest_that_so_many_rows_lie_below():
+    from fastenc.sklearn.reconstructing import _threshold
+
+    scores = np.array([3.0, 1.0, 2.0, 4.0])
+    assert [_threshold(scores, None, share) for share in (0.2, 0.25, 0.3, 0.5)] == [1.0, 2.0, 2.0, 3.0]
+    weight = np.array([2.0, 1.0, 3.0, 1.0])
+    copies = scores.repeat(weight.astype(int))
+    for share in (0.05, 0.1, 1 / 7, 0.3, 0.5):
+        assert (
+            _threshold(scores, weight, share)
+            == _threshold(scores, weight / 7, share)
+            == _threshold(copies, None, share)
+        )
+
+
+def test_balanced_classes_count_alike(iris):
+    x, y = iris
+    rows = np.r_[0:50, 50:55]  # fifty of one class, five of another
+    settings = {**QUICK, "random_state": 0}
+    balanced = EncoderClassifier(class_weight="balanced", **settings).fit(x.iloc[rows], y.iloc[rows])
+    by_hand = EncoderClassifier(class_weight={0: 0.55, 1: 5.5}, **settings).fit(x.iloc[rows], y.iloc[rows])
+    weights = np.where(y.iloc[rows] == 0, 1, 10)
+    weighed = EncoderClassifier(**settings).fit(x.iloc[rows], y.iloc[rows], sample_weight=weights)
+    scaled_otherwise = EncoderClassifier(scale=False, class_weight="balanced", **settings)
+    again = EncoderClassifier(scale=False, **settings).fit(x.iloc[rows], y.iloc[rows], sample_weight=weights)
+    for one, other in ((balanced, by_hand), (scaled_otherwise.fit(x.iloc[rows], y.iloc[rows]), again)):
+        assert np.allclose(one.predict_proba(x), other.predict_proba(x), atol=1e-5)
+    assert not np.allclose(weighed.predict_proba(x), balanced.predict_proba(x), atol=1e-5)  # the scaler's weights
+    with pytest.raises(ValueError, match="class_weight"):
+        EncoderClassifier(class_weight="heavy").fit(x, y)
+
+
+def test_weights_reach_validation_and_pipelines(iris):
+    x, y = iris
+    weight = np.where(y == 2, 0.0, 1.0)
+    classifier = EncoderClassifier(patience=3, random_state=0, **QUICK).fit(x, y, sample_weight=weight)
+    assert classifier.classes_.tolist() == [0, 1]
+    pipeline = make_pipeline(EncoderRegressor(random_state=0, **QUICK))
+    fitted = pipeline.fit(x, y, encoderregressor__sample_weight=weight)
+    assert fitted.score(x, y, sample_weight=weight) > 0.8
+    transformer = EncoderTransformer(**QUICK).fit(x, sample_weight=weight)
+    scores = transformer.score_samples(x)
+    assert transformer.score(x, sample_weight=weight) == pytest.approx(np.average(scores, weights=weight))
+
+
+@pytest.mark.parametrize(
+    ("weight", "words"),
+    [
+        (np.ones(3), r"sample_weight has shape \(3,\); give one number for each row, \(150,\)"),
+        (-np.ones(150), "sample_weight has negative numbers; give how often each row counts"),
+        (np.zeros(150), "sample_weight is 0 for every row"),
+        (np.full(150, np.nan), "sample_weight contains NaN"),
+    ],
+    ids=["few", "negative", "zeros", "nan"],
+)
+@pytest.mark.parametrize("each", ESTIMATORS)
+def test_wrong_weights_are_one_sentence(each, weight, words, iris):
+    with pytest.raises(ValueError, match=words):
+        each(**QUICK).fit(*iris, sample_weight=weight)
+
+
 def test_early_stopping_holds_out_some_of_each_class():
     x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
     y = np.repeat([0, 1], [36, 4])
-    _, _, (_, held_out) = EncoderClassifier(validation_fraction=0.25)._hold_out(x, y, "cross_entropy", 0)
-    assert np.bincount(held_out).tolist() == [9, 1]
+    kept, held_out = EncoderClassifier(validation_fraction=0.25)._hold_out(40, y, 0)
+    assert np.bincount(y[held_out]).tolist() == [9, 1]
+    assert sorted([*kept, *held_out]) == list(range(40))
     # One row of a class cannot be on both sides: then any rows are held out.
     lonely = np.repeat([0, 1], [39, 1])
-    assert len(EncoderClassifier(validation_fraction=0.25)._hold_out(x, lonely, "cross_entropy", 0)[2][1]) == 10
+    assert len(EncoderClassifier(validation_fraction=0.25)._hold_out(40, lonely, 0)[1]) == 10
     EncoderClassifier(patience=2, **QUICK).fit(x, lonely)
 
 

@@ -315,7 +315,7 @@ def test_files_that_are_no_checkpoints_of_this_format(tmp_path):
     trainer = saved(tmp_path)
     file = tmp_path / CHECKPOINT_FILE
     whole = file.read_bytes()
-    for version, cure in ((2, "upgrade fastenc"), (0, "go on with the fastenc that saved it")):
+    for version, cure in ((2, "upgrade fastenc"), (0, "load it with the fastenc that saved it")):
         rewrite(file, format_version=version)
         with pytest.raises(CheckpointError, match=f"has format version {version} and this fastenc reads 1; {cure}"):
             trainer.load_checkpoint(tmp_path)

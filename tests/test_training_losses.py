@@ -288,9 +288,12 @@ def test_triplets_move_classes_apart():
 
 
 def test_the_engine_says_which_losses_it_leaves_to_pytorch():
-    trainer = Trainer(make_binary(), loss="cosine")
-    trainer.fit(make_x(ROWS), torch.ones(ROWS), verbose=False)
-    assert trainer.explain() == "step by step: the loss is cosine"
+    for loss, target in (("info_nce", torch.rand(ROWS, 1)), ("triplet", BITS)):
+        trainer = Trainer(make_binary(), loss=loss)
+        trainer.fit(make_x(ROWS), target, verbose=False)
+        assert (
+            trainer.explain() == f"step by step: the loss is {loss}, which compares the rows of a batch with each other"
+        )
 
 
 def test_triplets_need_labels_and_a_temperature_is_positive():

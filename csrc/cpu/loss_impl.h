@@ -1,9 +1,9 @@
 // Losses of training: the value of each row and the gradient at the output. Included by stack_impl.h only.
 //
-// With n the number of elements that the mean is over, t the target:
+// With n the number of elements that the mean is over, t the target; each row's part of it times the row's weight:
 //   mse (y - t)^2 / n    mae |y - t| / n    huber (delta 1): d^2 / 2 up to |d| = 1, |d| - 1/2 beyond, over n
 //   bce -(t log y + (1 - t) log(1 - y)) / n, logarithms not below -100    bce with logits: that of sigmoid(y)
-//   cross entropy -sum_c t_c log softmax(y)_c / rows
+//   cross entropy -sum_c t_c log softmax(y)_c / rows    cosine (1 - y . t / (|y| |t|)) / rows, norms of at least 1e-8
 
 namespace fastenc {
 namespace FASTENC_ISA {
@@ -96,34 +96,37 @@ struct BceWithLogitsLoss {
   }
 };
 
-// The rows' summed loss, undivided; grad[r, :] = gradient * factor.
+// The rows' summed loss, each times its weight, undivided; grad[r, :] = gradient * factor * weights[r].
 template <class Loss>
 inline double elementwise_loss(int64_t rows, int64_t cols, const float* out, int64_t ld_out,
-                               const float* const* targets, float factor, float* grad, int64_t ld_grad) {
+                               const float* const* targets, const float* weights, float factor, float* grad,
+                               int64_t ld_grad) {
   double total = 0.0;
   for (int64_t r = 0; r < rows; ++r) {
+    const float row_factor = factor * weights[r];
     Vec sums{};
     int64_t j = 0;
     for (; j + kLanes <= cols; j += kLanes) {
       const Vec y = load(out + r * ld_out + j), t = load(targets[r] + j);
       sums += Loss::value(y, t);
-      store(Loss::gradient(y, t) * factor, grad + r * ld_grad + j);
+      store(Loss::gradient(y, t) * row_factor, grad + r * ld_grad + j);
     }
     if (j < cols) {
       const Vec y = load_part(out + r * ld_out + j, cols - j), t = load_part(targets[r] + j, cols - j);
       sums += zero_behind(Loss::value(y, t), cols - j);
-      store_part(Loss::gradient(y, t) * factor, grad + r * ld_grad + j, cols - j);
+      store_part(Loss::gradient(y, t) * row_factor, grad + r * ld_grad + j, cols - j);
     }
-    total += static_cast<double>(sum(sums));
+    total += static_cast<double>(weights[r]) * static_cast<double>(sum(sums));
   }
   return total;
 }
 
 // The same for cross entropy; a row's target is a class of labels, or probabilities where labels is null.
 inline double cross_entropy(int64_t rows, int64_t cols, const float* out, int64_t ld_out, const float* const* targets,
-                            const int64_t* labels, float factor, float* grad, int64_t ld_grad) {
+                            const int64_t* labels, const float* weights, float factor, float* grad, int64_t ld_grad) {
   double total = 0.0;
   for (int64_t r = 0; r < rows; ++r) {
+    const float row_factor = factor * weights[r];
     const float* y = out + r * ld_out;
     float* g = grad + r * ld_grad;
     float highest = y[0];
@@ -137,23 +140,55 @@ inline double cross_entropy(int64_t rows, int64_t cols, const float* out, int64_
     }
     const float sum_exp = sum(sums);
     const double log_sum = std::log(static_cast<double>(sum_exp)) + static_cast<double>(highest);
-    double weight = 1.0;  // the sum of the target
+    double value = 0.0, target_sum = 1.0;
     if (labels != nullptr) {
-      total += log_sum - static_cast<double>(y[labels[r]]);
+      value = log_sum - static_cast<double>(y[labels[r]]);
     } else {
-      double products = 0.0;
-      weight = 0.0;
+      target_sum = 0.0;
       for (int64_t j = 0; j < cols; ++j) {
         const double t = static_cast<double>(targets[r][j]);
-        products += t * (log_sum - static_cast<double>(y[j]));
-        weight += t;
+        value += t * (log_sum - static_cast<double>(y[j]));
+        target_sum += t;
       }
-      total += products;
     }
-    const float scale = static_cast<float>(weight) / sum_exp;
+    total += static_cast<double>(weights[r]) * value;
+    const float scale = static_cast<float>(target_sum) / sum_exp;
     for (int64_t j = 0; j < cols; ++j) {
       const float t = labels != nullptr ? (labels[r] == j ? 1.0f : 0.0f) : targets[r][j];
-      g[j] = (g[j] * scale - t) * factor;
+      g[j] = (g[j] * scale - t) * row_factor;
+    }
+  }
+  return total;
+}
+
+// The same for the cosine. As in PyTorch a norm's own gradient is y / |y| even where it is raised to 1e-8, and 0 at 0.
+inline double cosine_loss(int64_t rows, int64_t cols, const float* out, int64_t ld_out, const float* const* targets,
+                          const float* weights, float factor, float* grad, int64_t ld_grad) {
+  constexpr double kLeastNorm = 1e-8;
+  double total = 0.0;
+  for (int64_t r = 0; r < rows; ++r) {
+    Vec products{}, squares{}, target_squares{};
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      const int64_t count = std::min(kLanes, cols - j);
+      const Vec y = load_part(out + r * ld_out + j, count), t = load_part(targets[r] + j, count);
+      products += y * t;
+      squares += y * y;
+      target_squares += t * t;
+    }
+    const double norm = std::sqrt(static_cast<double>(sum(squares)));
+    const double target_norm = std::sqrt(static_cast<double>(sum(target_squares)));
+    const double raised = norm < kLeastNorm ? kLeastNorm : norm;
+    const double per_target = 1.0 / (raised * (target_norm < kLeastNorm ? kLeastNorm : target_norm));
+    const double cosine = static_cast<double>(sum(products)) * per_target;
+    total += static_cast<double>(weights[r]) * (1.0 - cosine);
+    // grad = y * of_y - t * of_t
+    const double row_factor = static_cast<double>(factor) * static_cast<double>(weights[r]);
+    const float of_y = static_cast<float>(norm == 0.0 ? 0.0 : row_factor * cosine / (raised * norm));
+    const float of_t = static_cast<float>(row_factor * per_target);
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      const int64_t count = std::min(kLanes, cols - j);
+      const Vec y = load_part(out + r * ld_out + j, count), t = load_part(targets[r] + j, count);
+      store_part(y * of_y - t * of_t, grad + r * ld_grad + j, count);
     }
   }
   return total;

@@ -11,8 +11,8 @@
 
 namespace fastenc {
 
-// In the order of fastenc/training/engine.py. Each is a mean: over rows and columns, cross entropy over rows.
-enum class LossKind : int64_t { kMse, kMae, kHuber, kCrossEntropy, kBce, kBceWithLogits };
+// In the order of fastenc/training/engine.py. Each is a mean over rows and columns; cross entropy and cosine over rows.
+enum class LossKind : int64_t { kMse, kMae, kHuber, kCrossEntropy, kBce, kBceWithLogits, kCosine };
 
 // In the order of fastenc/training/engine.py: the rules of torch.optim.SGD, Adam and AdamW.
 enum class OptimizerKind : int64_t { kSgd, kAdam, kAdamW };
@@ -66,6 +66,7 @@ struct TrainCall {
   const float* target;    // [as many rows, layers[depth - 1].out]; cross entropy: probabilities. Null: see labels
   int64_t target_stride;  // may be that of x: an autoencoder
   const int64_t* labels;  // [as many rows]: classes, for cross entropy where target is null
+  const float* weights;   // [as many rows]: how many times each counts in the mean, whose divisor stays. Null: once
   const int64_t* order;   // [rows]: which rows
   int64_t rows;
   const double* rates;  // [steps, group_count]: the learning rates

@@ -110,7 +110,8 @@ class Training : public AnyTraining {
   int64_t chunks_per_step() const { return ceil_div(args_.batch_size, chunk_rows_); }
   // What the loss is the mean of.
   int64_t loss_terms(const Chunk& chunk) const {
-    return chunk.batch_rows * (args_.loss == LossKind::kCrossEntropy ? 1 : args_.layers[args_.depth - 1].out);
+    const bool of_rows = args_.loss == LossKind::kCrossEntropy || args_.loss == LossKind::kCosine;
+    return chunk.batch_rows * (of_rows ? 1 : args_.layers[args_.depth - 1].out);
   }
   // Not a power of 2: rows that far apart would share few sets of the L1 cache.
   int64_t ld_transposed() const { return round_up(chunk_rows_, 2 * kLanes) + 2 * kLanes; }

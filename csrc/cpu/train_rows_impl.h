@@ -96,7 +96,9 @@ void Training<Op>::take_loss(const Worker& worker, const Chunk& chunk, int64_t r
   const int64_t* order = call_->order + chunk.first + chunk.row + row;
   const float* targets[kMostBlockRows];
   int64_t labels[kMostBlockRows];
+  float weights[kMostBlockRows];
   for (int64_t r = 0; r < rows; ++r) {
+    weights[r] = call_->weights != nullptr ? call_->weights[order[r]] : 1.0f;
     if (call_->target != nullptr)
       targets[r] = call_->target + order[r] * call_->target_stride;
     else
@@ -104,7 +106,7 @@ void Training<Op>::take_loss(const Worker& worker, const Chunk& chunk, int64_t r
   }
   const float factor = static_cast<float>(1.0 / static_cast<double>(loss_terms(chunk)));
   const auto elementwise = [&](auto loss) {
-    return elementwise_loss<decltype(loss)>(rows, out, worker.out, ld, targets, factor, worker.grad, ld);
+    return elementwise_loss<decltype(loss)>(rows, out, worker.out, ld, targets, weights, factor, worker.grad, ld);
   };
   double total = 0.0;
   switch (args_.loss) {
@@ -114,8 +116,11 @@ void Training<Op>::take_loss(const Worker& worker, const Chunk& chunk, int64_t r
     case LossKind::kBce: total = elementwise(BceLoss{}); break;
     case LossKind::kBceWithLogits: total = elementwise(BceWithLogitsLoss{}); break;
     case LossKind::kCrossEntropy:
-      total = cross_entropy(rows, out, worker.out, ld, targets, call_->target == nullptr ? labels : nullptr, factor,
-                            worker.grad, ld);
+      total = cross_entropy(rows, out, worker.out, ld, targets, call_->target == nullptr ? labels : nullptr, weights,
+                            factor, worker.grad, ld);
+      break;
+    case LossKind::kCosine:
+      total = cosine_loss(rows, out, worker.out, ld, targets, weights, factor, worker.grad, ld);
       break;
   }
   losses_.get()[(chunk.row + row) / block_rows_] = total;

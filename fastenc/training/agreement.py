@@ -132,7 +132,8 @@ def _looks(source: Rows | Stream | None) -> list[Any]:
     if not isinstance(source, Rows):
         return [type(source).__name__]
     some = torch.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT), device="cpu").long().to(source.x.device)
-    return [len(source), *(_digest(part[some]) for part in (source.x, source.target))]
+    parts = (source.x, source.target, *([] if source.weight is None else [source.weight]))
+    return [len(source), *(_digest(part[some]) for part in parts)]
 
 
 def _digest(rows: Tensor) -> str:

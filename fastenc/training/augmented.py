@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastenc.data import DataError
 from fastenc.data.augmentation import Augmentation, Mixup, augment_rows, mixes
 
 from .losses import LossFunction, loss_name
-from .sources import Rows, Stream
+from .sources import Batch, Rows, Stream
 from .weights import mode
 
 Augment = Augmentation | Mixup | Sequence[Augmentation | Mixup]
@@ -43,16 +43,17 @@ class AugmentedStream(Stream):
 
     augment: Augment = ()
 
-    def batches(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, target in super().batches(batch_size):
-            yield augment_rows(self.augment, x, target)
+    def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
+        for x, target, weight in super().batches(batch_size):
+            yield *augment_rows(self.augment, x, target), weight
 
 
 def augmented(source: Rows | Stream, augment: Augment, model: nn.Module, loss: str | LossFunction) -> Rows | Stream:
     """`source`, augmented. For rows a copy of x is made, and of the target if it is mixed.
 
     Raises:
-        DataError: labels cannot be mixed for this loss, or where they come from a Dataset or DataLoader.
+        DataError: labels cannot be mixed for this loss, or where they come from a Dataset or DataLoader; mixed rows
+            that have weights.
     """
     if isinstance(source, Stream):
         if mixes(augment) and loss_name(loss) == "cross_entropy":
@@ -60,11 +61,13 @@ def augmented(source: Rows | Stream, augment: Augment, model: nn.Module, loss: s
         return AugmentedStream(**vars(source), augment=augment)
     clean = source
     if not mixes(augment):
-        return AugmentedRows(clean.x.clone(), clean.target, clean.read_only, clean, augment)
+        return AugmentedRows(clean.x.clone(), clean.target, clean.read_only, clean.weight, clean, augment)
+    if clean.weight is not None:
+        raise DataError("Mixup mixes rows, and sample_weight weighs single ones; leave one of them out")
     if not clean.target.is_floating_point():
         if loss_name(loss) != "cross_entropy":
             raise DataError("Mixup mixes targets, and labels can be mixed for loss='cross_entropy' only; use that")
         with mode(model, training=False), torch.inference_mode():
             classes = model(clean.x[:1].clone()).shape[1]
         clean = Rows(clean.x, nn.functional.one_hot(clean.target, classes).to(clean.x.dtype), clean.read_only)
-    return AugmentedRows(clean.x.clone(), clean.target.clone(), False, clean, augment)
+    return AugmentedRows(clean.x.clone(), clean.target.clone(), clean=clean, augment=augment)

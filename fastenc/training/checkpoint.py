@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..files import canonical, remove_abandoned, separate, tensors_digest, text_digest, write_atomically
+from ..files import OtherFormatError, remove_abandoned, seal, separate, tensors_digest, unseal, write_atomically
 from ..pretrained import Pretrained
 from .callbacks import Callback, History
 from .fitting import Fit, Position
@@ -86,10 +86,9 @@ def save_checkpoint(
         "tensors_sha256": tensors_digest(tensors),
     }
     try:
-        record = json.loads(canonical(record))
+        metadata = {_METADATA_KEY: seal(record)}
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"preprocessing must be what JSON can hold: {error}") from error
-    metadata = {_METADATA_KEY: canonical({**record, "sha256": text_digest(canonical(record))})}
     folder = Path(folder)
     make_folder(folder)
     write_atomically(folder / CHECKPOINT_FILE, save(tensors, metadata))
@@ -304,18 +303,11 @@ def _read_record(path: Path, file: BinaryIO) -> dict[str, Any]:
     if _METADATA_KEY not in metadata:
         raise CheckpointError(f"{path} was not written by fastenc; give a folder that a checkpoint was saved to")
     try:
-        record = json.loads(metadata[_METADATA_KEY])
-        version = record["format_version"]
-        if version != FORMAT_VERSION:
-            cure = "upgrade fastenc" if version > FORMAT_VERSION else "go on with the fastenc that saved it"
-            raise CheckpointError(
-                f"{path} has format version {version} and this fastenc reads {FORMAT_VERSION}; {cure}"
-            )
-        if record.pop("sha256") != text_digest(canonical(record)):
-            raise _damaged(path, "the record does not match its checksum")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        return unseal(metadata[_METADATA_KEY], path, FORMAT_VERSION)
+    except OtherFormatError as error:
+        raise CheckpointError(str(error)) from None
+    except ValueError as error:
         raise _damaged(path, error) from None
-    return record
 
 
 def _damaged(path: Path, why: object) -> CheckpointError:

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from ..activation import activation_code
 from ..backends import cpu
-from ..encoder import plain_stack
+from ..encoder import AutoEncoder, Classifier, Encoder, Regressor, plain_stack
 from ..modules import FusedDense
 from ..ops import forced_backend
 from .losses import LossFunction, loss_name
@@ -22,7 +22,7 @@ from .sources import Rows
 from .steps import AfterStep, BeforeStep, train_rows
 from .update import Update
 
-LOSS_CODES = ("mse", "mae", "huber", "cross_entropy", "bce", "bce_with_logits")  # as LossKind
+LOSS_CODES = ("mse", "mae", "huber", "cross_entropy", "bce", "bce_with_logits", "cosine")  # as LossKind
 OPTIMIZER_CODES = ("sgd", "adam", "adamw")  # as OptimizerKind
 CALL_S = 0.05  # about as long as Ctrl-C may wait; returning to Python costs a thousandth of it
 FIRST_STEPS = 8  # of the first call, from which the length of the next is told
@@ -142,7 +142,7 @@ class EngineSteps:
 
     def _run(self, update: Update, order: Tensor, losses: Tensor, done: int, count: int, first_step: int) -> int:
         """`count` steps from step `done` of `order` on; how many were taken. `first_step`: where the order starts."""
-        x, target = self._rows.x, self._rows.target
+        x, target, weight = self._rows.x, self._rows.target, self._rows.weight
         labels = not target.is_floating_point()
         part = order[done * self._batch_size : (done + count) * self._batch_size]
         rates = update.rates(count)
@@ -156,6 +156,7 @@ class EngineSteps:
                 target=0 if labels else target.data_ptr(),
                 target_stride=target.stride(0),
                 labels=target.data_ptr() if labels else 0,
+                weights=0 if weight is None else weight.data_ptr(),
                 order=part.data_ptr(),
                 rows=len(part),
                 rates=rates.data_ptr(),
@@ -198,11 +199,12 @@ class EngineSteps:
             return f"use_backend({forced_backend()!r}) asks for that"
         if stack is None:
             return (
-                "the model is not a plain FusedDense, Encoder, AutoEncoder, Classifier or Regressor: it is of another "
-                "class, or has hooks"
+                f"the model is not a plain FusedDense, Encoder, AutoEncoder, Classifier or Regressor: {_other(model)}"
             )
         if name not in LOSS_CODES:
-            return "the loss is a function that the engine does not know" if name is None else f"the loss is {name}"
+            if name is None:
+                return "the loss is a function that the engine does not know"
+            return f"the loss is {name}, which compares the rows of a batch with each other"
         if reason := hook_reason(model, update.optimizer):
             return reason
         if reason := _optimizer_reason(model, update.optimizer):
@@ -268,6 +270,14 @@ class EngineSteps:
             clip_norm=float(update.clip_norm or 0.0),
             clip_value=float(update.clip_value or 0.0),
         )
+
+
+def _other(model: nn.Module) -> str:
+    """What keeps a model from being a stack that the engine knows, in words."""
+    for name, module in model.named_modules():
+        if type(module) not in (FusedDense, Encoder, AutoEncoder, Classifier, Regressor, nn.ModuleList):
+            return f"{name or 'it'} is a {type(module).__name__}"
+    return "it has hooks, or parts of it were replaced"
 
 
 def _extension() -> Any:

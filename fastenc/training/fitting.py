@@ -189,7 +189,8 @@ class Fit:
                 losses, counts = torch.empty(0, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu")
             elif share is not None:
                 batches = share.training_batches(train, self.batch_size, order)
-                losses, counts = share.train(trainer.batch_loss, update, batches, after_step, before_step)
+                loss = trainer.batch_loss if train.weight is None else trainer.loss_function
+                losses, counts = share.train(loss, update, batches, after_step, before_step)
             elif whole is None or (first > 0 and isinstance(whole, WholeSteps)):
                 losses, counts = train_rows(
                     model, trainer.loss_function, update, train, order, self.batch_size, after_step, before_step

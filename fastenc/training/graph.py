@@ -14,7 +14,7 @@ from ..ops import as_if_captured
 from .losses import LossFunction
 from .recordable import host_state, on_device, signature, why_not
 from .recorder import CudaRecorder
-from .sources import Rows
+from .sources import Batch, Rows
 from .steps import AfterStep, BeforeStep, take_step
 from .update import Update
 
@@ -196,9 +196,11 @@ class WholeSteps:
             return
         self._gradients = [(parameter, parameter.grad) for parameter in parameters]
 
-    def _batch(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        x = self._rows.x.index_select(0, chosen)
-        return x, x if self._rows.target is self._rows.x else self._rows.target.index_select(0, chosen)
+    def _batch(self, chosen: Tensor) -> Batch:
+        rows = self._rows
+        x = rows.x.index_select(0, chosen)
+        target = x if rows.target is rows.x else rows.target.index_select(0, chosen)
+        return x, target, None if rows.weight is None else rows.weight.index_select(0, chosen)
 
     @contextmanager
     def _rates_on_device(self, optimizer: Optimizer) -> Iterator[None]:

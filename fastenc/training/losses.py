@@ -14,18 +14,20 @@ from fastenc.data import DataError
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
-def bce(prediction: Tensor, target: Tensor) -> Tensor:
+def bce(prediction: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """F.binary_cross_entropy; but NaN where a prediction is NaN or outside 0..1, as the other losses would be.
 
     There PyTorch's raises on a CPU, and on a GPU ends the process's use of it.
     """
     bad = ~((prediction >= 0.0) & (prediction <= 1.0))
-    return F.binary_cross_entropy(prediction.masked_fill(bad, 0.5), target).masked_fill(bad.any(), math.nan)
+    value = F.binary_cross_entropy(prediction.masked_fill(bad, 0.5), target, reduction=reduction)
+    return value.masked_fill(bad.any(), math.nan)
 
 
-def cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """1 - the cosine of the angle between prediction and target [rows, features], the mean over the rows."""
-    return 1.0 - F.cosine_similarity(prediction, target, dim=1).mean()
+def cosine(prediction: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """1 - the cosine of the angle between prediction and target [rows, features]: the mean over the rows, or "none"."""
+    losses = 1.0 - F.cosine_similarity(prediction, target, dim=1)
+    return losses.mean() if reduction == "mean" else losses
 
 
 def info_nce(prediction: Tensor, target: Tensor, temperature: float = 0.1) -> Tensor:
@@ -80,6 +82,7 @@ LOSSES: dict[str, LossFunction] = {
     "info_nce": info_nce,
     "triplet": triplet,
 }
+BATCH_LOSSES = ("info_nce", "triplet")  # of a whole batch, whose rows they compare; the others are means over rows
 _FUNCTIONS = {function: name for name, function in LOSSES.items()} | {
     F.smooth_l1_loss: "huber",
     F.binary_cross_entropy: "bce",
@@ -115,6 +118,24 @@ def loss_name(loss: str | LossFunction) -> str | None:
         name = _MODULES.get(type(loss))
         return name if name and vars(loss) | {"training": True} == vars(type(loss)()) else None
     return next((name for function, name in _FUNCTIONS.items() if function is loss), None)
+
+
+def weighted_loss(loss: str | LossFunction, prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The mean over the rows of their losses, each times its weight [rows]. For what `weight_reason` lets pass."""
+    name = loss_name(loss)
+    assert name is not None
+    losses = LOSSES[name](prediction, target, reduction="none")  # type: ignore[call-arg]
+    return (losses.flatten(1).mean(1) if losses.ndim > 1 else losses).mul(weight).mean()
+
+
+def weight_reason(loss: str | LossFunction) -> str | None:
+    """Why rows cannot be weighted in this loss, in words; None if they can."""
+    name = loss_name(loss)
+    if name is None:
+        return "loss is a function, which gives their mean; weigh them in the function, or give a loss by name"
+    if name in BATCH_LOSSES:
+        return f"loss={name!r} compares the rows of a batch with each other; leave sample_weight out"
+    return None
 
 
 def fit_target(target: Tensor, output: Tensor, loss: str | LossFunction, name: str) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .callbacks import Callback
-from .losses import fit_target
+from .losses import fit_target, weighted_loss
 from .sources import Rows, Stream
 from .weights import mode
 
@@ -22,7 +22,7 @@ EVALUATION_ROWS = 1024  # at a time, where nothing is learned
 def measure(
     trainer: Trainer, source: Rows | Stream, batch_size: int = EVALUATION_ROWS, callbacks: Sequence[Callback] = ()
 ) -> dict[str, float]:
-    """What `Trainer.evaluate` gives, of checked data."""
+    """What `Trainer.evaluate` gives, of checked data; weights of rows, of mean 1, count in all but the metrics."""
     model, metrics, by_labels = trainer.model, trainer.metrics, trainer.loss == "cross_entropy"
     share, count = trainer.share, 0
     total = correct = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
@@ -31,12 +31,15 @@ def measure(
     metrics.reset(total.device)
     with mode(model, training=False), torch.inference_mode():
         batches = source.batches(batch_size) if share is None else share.batches(source, batch_size)
-        for x, target in batches:
+        for x, target, weight in batches:
             output = model(x)
             if isinstance(source, Stream):
                 target = fit_target(target, output, trainer.loss, f"the target in {source.name}")
             rows = len(x) if share is None else share.rows
-            loss = trainer.batch_loss(output, target)
+            if weight is None:
+                loss = trainer.batch_loss(output, target)
+            else:
+                loss = weighted_loss(trainer.loss, output, target, weight)
             if metrics:
                 metrics.update(output, target, share)
             if rows == 0:  # of a batch smaller than the number of processes
@@ -45,7 +48,9 @@ def measure(
             total = total + loss.double() * rows
             if by_labels:
                 labels = target if target.ndim < output.ndim else target.argmax(1)
-                correct = correct + (output.argmax(1) == labels).double().mean() * rows
+                right = (output.argmax(1) == labels).double()
+                right = right.flatten(1).mean(1) if right.ndim > 1 else right
+                correct = correct + (right.sum() if weight is None else (right * weight).sum())
     sums = [float(total), float(correct), count]
     if share is not None:
         sums = share.total(sums)
@@ -75,7 +80,7 @@ def outputs(function: Callable[[Tensor], Tensor], source: Rows | Stream, batch_s
     """
     rows = len(source) if isinstance(source, Rows) else 0  # of a stream it shows at its end
     result, parts, start = None, [], 0
-    for batch, _ in source.batches(batch_size):
+    for batch, _, _ in source.batches(batch_size):
         part = function(batch)
         if not isinstance(part, Tensor):
             raise TypeError(f"the model gives a {type(part).__name__}; predict and encode need one tensor")

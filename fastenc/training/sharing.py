@@ -20,17 +20,15 @@ from torch import Tensor, nn
 
 from .agreement import agree, agree_on_fit, check_batch, check_model
 from .distributed import Processes, find_processes
-from .losses import LossFunction
+from .losses import BATCH_LOSSES, LossFunction
 from .rng import generators
-from .sources import Rows, Stream
+from .sources import Batch, Rows, Stream
 from .steps import AfterStep, BeforeStep, train_batches
 from .update import Update
 
 if TYPE_CHECKING:
     from .fitting import Fit
     from .trainer import Trainer
-
-_OF_WHOLE_BATCHES = ("info_nce", "triplet")  # losses that are no means over rows
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,7 +94,7 @@ class Share:
         self,
         loss: LossFunction,
         update: Update,
-        batches: Iterator[tuple[Tensor, Tensor]],
+        batches: Iterator[Batch],
         after_step: AfterStep | None,
         before_step: BeforeStep | None,
     ) -> tuple[Tensor, Tensor]:
@@ -116,21 +114,18 @@ class Share:
             self.end_step()
         return self._losses(losses, self._steps), torch.tensor([both[1] for both in self._steps], device="cpu")
 
-    def training_batches(
-        self, source: Rows | Stream, batch_size: int, order: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's (x, target) of each batch, within random numbers of its own until `end_step`."""
+    def training_batches(self, source: Rows | Stream, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
+        """This process's (x, target, weight) of each batch, within random numbers of its own until `end_step`."""
         for index, batch in enumerate(self.batches(source, batch_size, order)):
             self._steps.append((self.rows, self._all_rows))
             self._own += len(batch[0])
             self._whole += self._all_rows
+            self._weight = self.rows / len(batch[0])  # but for `loss`, where that is no mean over rows
             self._begin_step(index)
             yield batch
 
-    def batches(
-        self, source: Rows | Stream, batch_size: int, order: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's (x, target) of each batch, and `rows` tells how many; of none it gets one that counts nothing.
+    def batches(self, source: Rows | Stream, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
+        """This process's (x, target, weight) of each batch, and `rows` tells how many; of none it gets one that counts nothing.
 
         The model then runs on every process alike, which its own communication may need.
         """
@@ -151,9 +146,8 @@ class Share:
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss of this process's rows; of the whole batch where it may be no mean over rows."""
         loss, taken = self.trainer.loss, len(target)
-        by_rows = isinstance(loss, str) and loss not in _OF_WHOLE_BATCHES
+        by_rows = isinstance(loss, str) and loss not in BATCH_LOSSES
         if by_rows or not (isinstance(output, Tensor) and output.ndim > 0 and len(output) == taken):
-            self._weight = self.rows / taken
             return self.trainer.loss_function(output, target)
         # Each process has the gradient of the whole loss by its own rows, `count` times, and of what else the loss
         # looks at: their mean over the processes is the gradient.
@@ -202,13 +196,13 @@ class Share:
     def _generators(self) -> list[torch.Generator]:
         return generators(next(self.trainer.model.parameters()).device)
 
-    def _of_stream(self, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, target in stream.batches():
+    def _of_stream(self, stream: Stream) -> Iterator[Batch]:
+        for x, target, _ in stream.batches():
             check_batch(self.processes, stream, x, target)
             self._set(len(x))
             part = self._part_or_one(len(x))
             mine = x[part]
-            yield mine, mine if target is x else target[part]
+            yield mine, mine if target is x else target[part], None
         check_batch(self.processes, stream, None, None)
 
     def _losses(self, losses: Tensor, steps: list[tuple[int, int]]) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastenc.data import DataError, as_rows, as_target
 
+Batch = tuple[Tensor, Tensor, Tensor | None]  # x, target, and the rows' weights if they have any
 _GATHER_BYTES = 1 << 20  # of rows gathered by one call: many small batches, or one large one
 
 
@@ -23,11 +25,13 @@ class Rows:
     x          [rows, features], the model's dtype
     target     [rows, ...]; x itself where there is no other
     read_only  whether what writes to x or target may end the process
+    weight     [rows], x's dtype: how many times the loss of each row counts, in the mean over them all; None: once
     """
 
     x: Tensor
     target: Tensor
     read_only: bool = False
+    weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -35,7 +39,36 @@ class Rows:
     def part(self, rows: slice) -> Rows:
         """Some of the rows: a view."""
         x = self.x[rows]
-        return Rows(x, x if self.target is self.x else self.target[rows], self.read_only)
+        weight = None if self.weight is None else self.weight[rows]
+        return Rows(x, x if self.target is self.x else self.target[rows], self.read_only, weight)
+
+    def weighed(self, weight: Any, name: str) -> Rows:
+        """The rows with these weights, an array [rows] of any kind; None leaves them as they are.
+
+        Raises:
+            DataError: another shape, or a weight that is negative, NaN or Inf.
+        """
+        if weight is None:
+            return self
+        weights = as_target(weight, len(self), name=name).double()
+        if weights.ndim != 1:
+            raise DataError(f"{name} has shape {list(weights.shape)}; give one number for each row, [{len(self)}]")
+        if bool((weights < 0.0).any()):
+            raise DataError(f"{name} holds negative numbers; give how often each row counts, 0 or more")
+        return replace(self, weight=weights.to(self.x.device))
+
+    def evened(self, name: str) -> Rows:
+        """The rows with their weights scaled to a mean of 1, so that weighted sums over batches make the weighted mean.
+
+        Raises:
+            DataError: no row has a weight above 0.
+        """
+        if self.weight is None:
+            return self
+        mean = self.weight.mean()
+        if mean == 0.0:
+            raise DataError(f"all weights of {name} are 0; give some of its rows a weight above 0")
+        return replace(self, weight=(self.weight / mean).to(self.x.dtype))
 
     def split(self, fraction: float) -> tuple[Rows, Rows]:
         """The first rows, and the last `fraction` of them, counted as Keras does.
@@ -51,16 +84,18 @@ class Rows:
             )
         return self.part(slice(first)), self.part(slice(first, None))
 
-    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, target) of `batch_size` rows each, the last one of what is left, in `order` (int64 [rows]).
+    def batches(self, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
+        """(x, target, weight) of `batch_size` rows each, the last one of what is left, in `order` (int64 [rows]).
 
         With an order, rows are gathered into memory that is used again: a batch is good until the next is asked for.
         So are rows that are read-only, since a model may write to its input.
         """
         if order is None and self.read_only:
             order = torch.arange(len(self), device=self.x.device)
+        weight = self.weight if self.weight is None or order is None else self.weight[order]
+        weights = itertools.repeat(None) if weight is None else iter(weight.split(batch_size))
         if order is None:
-            yield from zip(self.x.split(batch_size), self.target.split(batch_size), strict=True)
+            yield from zip(self.x.split(batch_size), self.target.split(batch_size), weights, strict=False)
             return
         row_bytes = max(1, self.x[0].nbytes + self.target[0].nbytes)
         span = min(len(order), batch_size * max(1, _GATHER_BYTES // (batch_size * row_bytes)))
@@ -70,7 +105,7 @@ class Rows:
             x = target = torch.index_select(self.x, 0, chunk, out=x_buffer[: len(chunk)])
             if self.target is not self.x:
                 target = torch.index_select(self.target, 0, chunk, out=target_buffer[: len(chunk)])
-            yield from zip(x.split(batch_size), target.split(batch_size), strict=True)
+            yield from zip(x.split(batch_size), target.split(batch_size), weights, strict=False)
 
 
 @dataclass(frozen=True)
@@ -83,8 +118,8 @@ class Stream:
     dtype: torch.dtype
     features: int | None
 
-    def batches(self, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(x, target) of each batch; the target is x where the loader gives no other. The loader's batch size holds.
+    def batches(self, batch_size: int | None = None) -> Iterator[Batch]:
+        """(x, target, None) of each batch; the target is x where the loader gives no other. Its own batch size holds.
 
         Raises:
             DataError: no batches, a batch that is not x or (x, y), or x with another number of features.
@@ -102,7 +137,7 @@ class Stream:
                     f"{self.name} gives batches of shape {list(x.shape)} and the model takes {self.features} features; "
                     "give it the columns that the model was made for"
                 )
-            yield x, x if len(parts) == 1 else target
+            yield x, x if len(parts) == 1 else target, None
         if batch is None:
             raise DataError(f"{self.name} gives no batches; give it at least one row, or set drop_last=False")
 

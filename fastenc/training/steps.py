@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .losses import LossFunction
-from .sources import Rows
+from .losses import LossFunction, weighted_loss
+from .sources import Batch, Rows
 from .update import Update
 
 BeforeStep = Callable[[int], None]
@@ -34,14 +34,14 @@ def train_batches(
     model: nn.Module,
     loss: LossFunction,
     update: Update,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     after_step: AfterStep | None = None,
     before_step: BeforeStep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step for each batch: forward, loss, backward, update; or an update for every few of them.
 
     Args:
-        batches: (x, target) of at least one row each.
+        batches: (x, target, weight of each row or None) of at least one row each.
         after_step: called with the step's number and its loss [] after each step; True ends the epoch.
         before_step: called with the step's number before each step.
 
@@ -55,15 +55,15 @@ def train_batches(
     losses: list[Tensor | float] = []
     counts: list[int] = []
     pending = 0  # batches whose gradients wait for their update
-    for x, target in batches:
+    for x, target, weight in batches:
         if before_step is not None:
             before_step(len(losses))
         if pending == 0:
             update.begin()
         if update.accumulate == 1:
-            value = take_step(model, parameters, loss, update, x, target)
+            value = take_step(model, parameters, loss, update, x, target, weight)
         else:
-            value = _add_gradients(model, parameters, loss, update, x, target, first=pending == 0)
+            value = _add_gradients(model, parameters, loss, update, x, target, weight, first=pending == 0)
             pending += 1
         # On the CPU a number: a small tensor kept of each step would lie between the large ones of the next, which then
         # find no room there, and the memory would grow with every step.
@@ -89,6 +89,7 @@ def take_step(
     update: Update,
     x: Tensor,
     target: Tensor,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """One step that `update` has begun: gradients afresh, forward, loss, backward, update.
 
@@ -96,7 +97,7 @@ def take_step(
     """
     for parameter in parameters:  # what zero_grad does, without its bookkeeping
         parameter.grad = None
-    value = loss(model(x), target)
+    value = _loss_of(loss, model(x), target, weight)
     update.backward(value)
     update.apply(parameters)
     torch.clear_autocast_cache()  # around a whole fit, autocast would go on with casts of the weights of before
@@ -110,15 +111,20 @@ def _add_gradients(
     update: Update,
     x: Tensor,
     target: Tensor,
+    weight: Tensor | None,
     first: bool,
 ) -> Tensor:
     """Add the gradients of a batch, times its rows, to those of the batches before it; its loss []."""
     if first:
         for parameter in parameters:
             parameter.grad = None
-    value = loss(model(x), target)
+    value = _loss_of(loss, model(x), target, weight)
     update.backward(value * x.shape[0])
     return value.detach()
+
+
+def _loss_of(loss: LossFunction, output: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    return loss(output, target) if weight is None else weighted_loss(loss, output, target, weight)
 
 
 def _apply_mean(parameters: list[nn.Parameter], update: Update, rows: int) -> None:

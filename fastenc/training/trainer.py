@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from .distributed import Processes, is_first, own_device
 from .find_lr import LearningRates, find_rates
 from .fitting import Fit
-from .losses import LossFunction, fit_target, get_loss
+from .losses import LossFunction, fit_target, get_loss, weight_reason
 from .measuring import EVALUATION_ROWS, measure, outputs
 from .metrics import Metrics
 from .model_checkpoint import ModelCheckpoint
@@ -150,6 +150,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         verbose: bool | str = "auto",
         augment: Augment | None = None,
+        sample_weight: Any = None,
         resume: str | os.PathLike[str] | None = None,
     ) -> History:
         """Train for `epochs` passes over the rows.
@@ -158,12 +159,15 @@ class Trainer:
             x, y: inputs [rows, features] and targets; without y the target is x.
             batch_size: rows in a step; the last step of an epoch takes what is left.
             validation_split: this last fraction of the rows, before shuffling, is measured and not trained on.
-            validation_data: x, or (x, y), to measure after each epoch; validation_split is then not looked at.
+            validation_data: x, (x, y) or (x, y, sample_weight), to measure after each epoch; validation_split is then
+                not looked at.
             shuffle: take the rows in a new random order in each epoch.
             verbose: "auto" shows a progress bar where stderr is a terminal, True always, False never.
             augment: of `fastenc.data.augmentation`, any function from a batch [rows, features] to one of its shape, or
                 a list of these: applied to all training rows anew before each epoch (batch by batch where they come
                 from a Dataset or DataLoader). Without y the target stays the clean x. Makes a copy of x.
+            sample_weight: [rows], 0 or more: how many times each row counts, as if it came so often. The loss is then
+                the weighted mean, and steps stay as large as without weights. Metrics do not see them.
             resume: the folder of a checkpoint, or of several, of which the latest is taken: go on from there, up to
                 `epochs` in all. On a CPU the bits are those of a fit that was not interrupted, if all else is as it
                 was: data, arguments, callbacks in their order.
@@ -171,7 +175,8 @@ class Trainer:
         Returns: History, in which "loss" is the mean over the rows of an epoch, each as it was when its step was taken.
 
         Raises:
-            DataError: bad x, y, validation_data or validation_split. Arrays are looked at before the model is touched.
+            DataError: bad x, y, sample_weight, validation_data or validation_split, or a loss that cannot weigh rows.
+                Arrays are looked at before the model is touched.
             CheckpointError: the checkpoint cannot be read or is of another model, optimiser or callbacks. The Trainer
                 is as it was.
             FloatingPointError: a loss or a weight became NaN or Inf. The model and the optimiser are as before that
@@ -183,7 +188,9 @@ class Trainer:
         if not 0.0 <= validation_split < 1.0:
             raise ValueError(f"validation_split is {validation_split}; it must be at least 0 and less than 1")
         with self.autocast():
-            train, validation = self._train_and_validation(x, y, batch_size, shuffle, validation_split, validation_data)
+            train, validation = self._train_and_validation(
+                x, y, sample_weight, batch_size, shuffle, validation_split, validation_data
+            )
             if augment is not None:
                 train = augmented(train, augment, self.model, self.loss)
         callbacks = [*self.schedule, *callbacks, *([Progress(epochs)] if wants_progress(verbose) else [])]
@@ -292,14 +299,23 @@ class Trainer:
 
     @together
     def evaluate(
-        self, x: Any, y: Any = None, *, batch_size: int = EVALUATION_ROWS, callbacks: Sequence[Callback] = ()
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        batch_size: int = EVALUATION_ROWS,
+        callbacks: Sequence[Callback] = (),
+        sample_weight: Any = None,
     ) -> dict[str, float]:
-        """{"loss": mean over the rows}, for cross_entropy "accuracy", and the metrics: in eval mode, no gradients."""
+        """{"loss": mean over the rows}, for cross_entropy "accuracy", and the metrics: in eval mode, no gradients.
+
+        sample_weight: [rows], as in `fit`: loss and accuracy are then weighted means, and metrics do not see it.
+        """
         _check_count("batch_size", batch_size)
         for callback in callbacks:
             callback.trainer = self
         with self.autocast():
-            source = self._source(x, y, ("x", "y"), batch_size, False)
+            source = _evened(self._source(x, y, ("x", "y"), batch_size, False, sample_weight), "x")
             if self.share is not None:
                 self.share.agree_on(source)
             return measure(self, source, batch_size, callbacks)
@@ -357,19 +373,30 @@ class Trainer:
             yield
 
     def _train_and_validation(
-        self, x: Any, y: Any, batch_size: int, shuffle: bool, validation_split: float, validation_data: Any
+        self,
+        x: Any,
+        y: Any,
+        weight: Any,
+        batch_size: int,
+        shuffle: bool,
+        validation_split: float,
+        validation_data: Any,
     ) -> tuple[Rows | Stream, Rows | Stream | None]:
-        train = self._source(x, y, ("x", "y"), batch_size, shuffle)
+        train = self._source(x, y, ("x", "y"), batch_size, shuffle, weight)
         if validation_data is not None:
-            pair = validation_data if isinstance(validation_data, tuple) else (validation_data, None)
-            if len(pair) != 2:
-                raise ValueError(f"validation_data is a tuple of {len(pair)}; give x or (x, y)")
-            return train, self._source(*pair, ("validation x", "validation y"), EVALUATION_ROWS, False)
+            given = validation_data if isinstance(validation_data, tuple) else (validation_data, None)
+            if len(given) not in (2, 3):
+                raise ValueError(f"validation_data is a tuple of {len(given)}; give x, (x, y) or (x, y, sample_weight)")
+            names = ("validation x", "validation y")
+            weight = given[2] if len(given) == 3 else None
+            validation = self._source(given[0], given[1], names, EVALUATION_ROWS, False, weight)
+            return _evened(train, "x"), _evened(validation, "validation x")
         if validation_split == 0.0:
-            return train, None
+            return _evened(train, "x"), None
         if not isinstance(train, Rows):
             raise DataError("validation_split needs arrays, and x is a Dataset or DataLoader; give validation_data")
-        return train.split(validation_split)
+        train, validation = train.split(validation_split)
+        return _evened(train, "x without the validation split"), _evened(validation, "the validation split")
 
     def _parameter(self) -> Tensor:
         """A parameter whose device and dtype are the model's."""
@@ -382,9 +409,17 @@ class Trainer:
             return make_stream(x, y, names[0], batch_size, shuffle, *place)
         return make_rows(x, y, names, *place)
 
-    def _source(self, x: Any, y: Any, names: tuple[str, str], batch_size: int, shuffle: bool) -> Rows | Stream:
-        """Inputs and targets, of which arrays are checked as a whole and streams batch by batch."""
+    def _source(
+        self, x: Any, y: Any, names: tuple[str, str], batch_size: int, shuffle: bool, weight: Any = None
+    ) -> Rows | Stream:
+        """Inputs, targets and weights, of which arrays are checked as a whole and streams batch by batch."""
         source = self._inputs(x, y, names, batch_size, shuffle)
+        if weight is not None:
+            if isinstance(source, Stream):
+                raise DataError(f"sample_weight needs arrays, and {names[0]} is a Dataset or DataLoader; leave it out")
+            if reason := weight_reason(self.loss):
+                raise DataError(f"sample_weight weighs each row, and {reason}")
+            source = source.weighed(weight, "sample_weight")
         if isinstance(source, Stream) or callable(self.loss):
             return source
         if y is None and self.loss == "cross_entropy":
@@ -395,6 +430,11 @@ class Trainer:
             output = self.model(source.x[:1].clone())  # a model may write to its input
         target = fit_target(source.target, output, self.loss, names[0] if y is None else names[1])
         return replace(source, target=target)
+
+
+def _evened(source: Rows | Stream, name: str) -> Rows | Stream:
+    """The source with weights of mean 1, if it has any."""
+    return source.evened(name) if isinstance(source, Rows) else source
 
 
 def in_features(model: nn.Module) -> int | None:

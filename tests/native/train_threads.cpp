@@ -111,7 +111,7 @@ class Job {
   Job(const Kernels& kernels, const Setup& setup) : kernels_(kernels), setup_(setup), random_(setup.seed) {
     const int64_t depth = static_cast<int64_t>(setup.widths.size()) - 1, in = setup.widths[0];
     out_ = setup.widths[depth];
-    loss_ = static_cast<LossKind>(pick(6));
+    loss_ = static_cast<LossKind>(pick(7));
     optimizer_ = static_cast<OptimizerKind>(pick(3));
     momentum_ = pick(3) ? 0.9 : 0.0;
     const bool has_labels = loss_ == LossKind::kCrossEntropy && pick(2), leaves_gradients = pick(2);
@@ -138,6 +138,7 @@ class Job {
     } else {
       target_ = random(setup.rows * target_stride_ - (target_stride_ - out_), 0.0f);
     }
+    if (pick(2)) weights_ = random(setup.rows, 0.0f);
     order_ = Buffer<int64_t>(static_cast<size_t>(setup.rows));
     for (int64_t i = 0; i < setup.rows; ++i) order_[i] = setup.rows - 1 - i;
     rates_ = Buffer<double>(static_cast<size_t>(2 * steps()));
@@ -173,6 +174,7 @@ class Job {
                             labels_.empty() ? target_.data() : nullptr,
                             target_stride_,
                             labels_.empty() ? nullptr : labels_.data(),
+                            weights_.empty() ? nullptr : weights_.data(),
                             order_.data() + begin,
                             rows,
                             rates_.data() + first * 2,
@@ -229,7 +231,7 @@ class Job {
   std::vector<Group> groups_;
   std::vector<TrainLayer> layers_;
   int64_t x_stride_, target_stride_;
-  Floats x_, target_;
+  Floats x_, target_, weights_;
   Buffer<int64_t> labels_, order_;
   Buffer<double> rates_, losses_;
   TrainArgs args_;
