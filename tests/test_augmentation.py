@@ -130,7 +130,7 @@ def test_torchvisions_own_transforms():
     cropped = image_augmentation((8, 8), shift=0.0, crop=0.5)(x)
     assert cropped.shape == x.shape
     assert cropped.isfinite().all()
-    assert len(cropped.unique(dim=0)) > 100
+    assert len(cropped.unique(dim=0)) > 20
     coloured = image_augmentation((3, 4, 4), shift=0.0, flip=True)(torch.rand(5, 48))
     assert coloured.shape == (5, 48)
     model = make_model()

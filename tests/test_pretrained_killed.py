@@ -93,3 +93,46 @@ def test_a_save_killed_at_any_moment_leaves_one_whole_model(tmp_path):
     young.touch()  # perhaps another process's, at work
     Encoder(3, (2,)).save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [young.name, "config.json", "model.safetensors"]
+
+
+# A writer, which saves model 1 with preprocessing 1, then 2 with 2, and so on; the parent reads all the while.
+OVERWRITTEN = """
+import os, signal, sys
+import torch
+from fastenc import Encoder, load_with_preprocessing
+
+folder = sys.argv[1]
+
+def save(value):
+    made = Encoder(64, (64,))
+    for parameter in made.parameters():
+        torch.nn.init.constant_(parameter, value)
+    made.save_pretrained(folder, preprocessing={"value": value})
+
+save(0)
+child = os.fork()
+if child == 0:
+    value = 1
+    while True:
+        save(value)
+        value += 1
+try:
+    seen = set()
+    while len(seen) < 20:
+        model, preprocessing = load_with_preprocessing(folder)
+        values = {value for parameter in model.parameters() for value in parameter.unique().tolist()}
+        assert values == {preprocessing["value"]}, (values, preprocessing)
+        seen |= values
+finally:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+print("whole")
+"""
+
+
+def test_a_reader_never_sees_parts_of_two_saves(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-c", OVERWRITTEN, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert found.stdout == "whole\n", found.stderr
+    assert found.returncode == 0

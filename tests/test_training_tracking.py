@@ -105,6 +105,23 @@ def test_mlflow_in_local_files(tmp_path, monkeypatch):
     assert {run.info.run_id for run in client.search_runs([experiment.experiment_id])} == {first, callback.run_id}
 
 
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_mlflow_tells_which_fits_failed(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    callback = MLflow(tracking_uri=tmp_path.as_uri())
+    client = importlib.import_module("mlflow").MlflowClient(tracking_uri=tmp_path.as_uri())
+
+    def status():
+        return client.get_run(callback.run_id).info.status
+
+    try:
+        fit(callback, 1, augment=lambda x: x * math.nan)
+    except FloatingPointError:
+        assert status() == "FAILED"
+        fit(callback, 1)  # an error that is handled around a fit is not its own
+    assert status() == "FINISHED"
+
+
 @pytest.mark.parametrize(
     ("callback", "module"), [(TensorBoard("x"), "tensorboard"), (WandB(), "wandb"), (MLflow(), "mlflow")]
 )

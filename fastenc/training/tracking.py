@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,10 @@ class WandB(Callback):
         self.options = options
         self._run: Any = None
         self._ours = False
+        self._error: BaseException | None = None
 
     def on_train_begin(self) -> None:
+        self._error = sys.exc_info()[1]
         wandb = require("wandb", "WandB", extra="track")
         self._ours = wandb.run is None
         self._run = wandb.init(**self.options) if self._ours else wandb.run
@@ -103,12 +106,12 @@ class WandB(Callback):
 
     def on_train_end(self) -> None:
         if self._run is not None and self._ours:
-            self._run.finish()
+            self._run.finish(exit_code=int(_failed(self._error)))
         self._run = None
 
 
 class MLflow(Callback):
-    """A run of MLflow for each fit, with what is measured in each epoch.
+    """A run of MLflow for each fit, with what is measured in each epoch; FAILED where an error ended the fit.
 
     Args:
         experiment: its name; it is made if absent.
@@ -134,8 +137,10 @@ class MLflow(Callback):
         self.parameters, self.run_name = parameters or {}, run_name
         self.run_id: str | None = None
         self._client: Any = None
+        self._error: BaseException | None = None
 
     def on_train_begin(self) -> None:
+        self._error = sys.exc_info()[1]
         client = require("mlflow", "MLflow", extra="track").MlflowClient(tracking_uri=self.tracking_uri)
         experiment = client.get_experiment_by_name(self.experiment)
         number = client.create_experiment(self.experiment) if experiment is None else experiment.experiment_id
@@ -150,5 +155,10 @@ class MLflow(Callback):
 
     def on_train_end(self) -> None:
         if self._client is not None:
-            self._client.set_terminated(self.run_id)
+            self._client.set_terminated(self.run_id, "FAILED" if _failed(self._error) else "FINISHED")
             self._client = None
+
+
+def _failed(before: BaseException | None) -> bool:
+    """Whether a fit that ends is being left by an error, other than one handled around it, seen as it began."""
+    return sys.exc_info()[1] is not before
