@@ -45,9 +45,9 @@ class TrainingEngine {
   int64_t run(uintptr_t x, int64_t x_stride, uintptr_t target, int64_t target_stride, uintptr_t labels,
               uintptr_t weights, uintptr_t order, int64_t rows, uintptr_t rates, uint64_t seed, int64_t first_step,
               uintptr_t losses) {
-    const TrainCall call = {at<float>(x),       x_stride,           at<float>(target), target_stride,
-                            at<int64_t>(labels), at<float>(weights), at<int64_t>(order), rows,
-                            at<double>(rates),  seed,               first_step,        at<double>(losses)};
+    const TrainCall call = {
+        at<float>(x),       x_stride, at<float>(target), target_stride, at<int64_t>(labels), at<float>(weights),
+        at<int64_t>(order), rows,     at<double>(rates), seed,          first_step,          at<double>(losses)};
     const Runtime borrowed = runtime();
     if (args_.dtype == Dtype::kBFloat16 && borrowed.brgemm_bfloat16 == nullptr)
       throw py::value_error("this CPU, or this torch, does not multiply bfloat16; train in float32");

@@ -236,3 +236,11 @@ def test_the_default_device_does_not_matter(backend):
             fastenc.Trainer(twin, seed=1).fit(x, epochs=2, validation_split=0.2, verbose=False)
         results.append(twin.state_dict())
     assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
+
+
+def test_a_validation_split_of_one_class_is_told():
+    x, labels = torch.rand(40, 6), torch.arange(40) % 2
+    trainer = Trainer(make_classifier(2), loss="cross_entropy")
+    trainer.fit(x, labels, validation_split=0.2, verbose=False)
+    with pytest.warns(UserWarning, match=r"the last 0.2 of the rows.* are of one class; mix the rows before, or give"):
+        trainer.fit(x, labels.sort().values, validation_split=0.2, verbose=False)

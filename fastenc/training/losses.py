@@ -189,6 +189,12 @@ def fit_target(target: Tensor, output: Tensor, loss: str | LossFunction, name: s
     return target
 
 
+def one_class(target: Tensor) -> bool:
+    """Whether labels, int64 [rows, ...], or probabilities [rows, classes, ...] are of a single class."""
+    labels = target.argmax(1) if target.is_floating_point() else target
+    return bool((labels == labels[:1]).all())
+
+
 def _beyond_0_to_1(numbers: Tensor) -> str | None:
     """The range of the numbers, in words, if they leave 0..1. NaN is for those to tell who watch the loss."""
     lowest, highest = (end.item() for end in numbers.aminmax())

@@ -125,7 +125,7 @@ class Share:
             yield batch
 
     def batches(self, source: Rows | Stream, batch_size: int, order: Tensor | None = None) -> Iterator[Batch]:
-        """This process's (x, target, weight) of each batch, and `rows` tells how many; of none it gets one that counts not.
+        """This process's (x, target, weight) of each batch, `rows` of them; of none it gets one that counts nothing.
 
         The model then runs on every process alike, which its own communication may need.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -20,7 +21,7 @@ from .checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from .distributed import Processes, is_first, own_device
 from .find_lr import LearningRates, find_rates
 from .fitting import Fit
-from .losses import LossFunction, fit_target, get_loss, weight_reason
+from .losses import LossFunction, fit_target, get_loss, one_class, weight_reason
 from .measuring import EVALUATION_ROWS, measure, outputs
 from .metrics import Metrics
 from .model_checkpoint import ModelCheckpoint
@@ -158,7 +159,8 @@ class Trainer:
         Args:
             x, y: inputs [rows, features] and targets; without y the target is x.
             batch_size: rows in a step; the last step of an epoch takes what is left.
-            validation_split: this last fraction of the rows, before shuffling, is measured and not trained on.
+            validation_split: this last fraction of the rows, before shuffling, is measured and not trained on. A warning
+                tells if all of it is of one class.
             validation_data: x, (x, y) or (x, y, sample_weight), to measure after each epoch; validation_split is then
                 not looked at.
             shuffle: take the rows in a new random order in each epoch.
@@ -396,6 +398,12 @@ class Trainer:
         if not isinstance(train, Rows):
             raise DataError("validation_split needs arrays, and x is a Dataset or DataLoader; give validation_data")
         train, validation = train.split(validation_split)
+        if self.loss == "cross_entropy" and one_class(validation.target) and not one_class(train.target):
+            warnings.warn(
+                f"the last {validation_split:g} of the rows, which validation_split takes, are of one class; mix the "
+                "rows before, or give validation_data",
+                stacklevel=3,
+            )
         return _evened(train, "x without the validation split"), _evened(validation, "the validation split")
 
     def _parameter(self) -> Tensor:
