@@ -159,8 +159,8 @@ class Trainer:
         Args:
             x, y: inputs [rows, features] and targets; without y the target is x.
             batch_size: rows in a step; the last step of an epoch takes what is left.
-            validation_split: this last fraction of the rows, before shuffling, is measured and not trained on. A warning
-                tells if all of it is of one class.
+            validation_split: this last fraction of the rows, before shuffling, is measured and not trained on. A
+                warning tells if all of it is of one class.
             validation_data: x, (x, y) or (x, y, sample_weight), to measure after each epoch; validation_split is then
                 not looked at.
             shuffle: take the rows in a new random order in each epoch.
