@@ -216,7 +216,7 @@ def test_bad_labels_of_a_loader():
         (lambda: Trainer(make_model()).fit(X, batch_size=2.5), "batch_size is 2.5"),
         (lambda: Trainer(make_model()).predict(X, batch_size=0), "batch_size is 0"),
         (lambda: Trainer(make_model()).fit(X, validation_split=1.0), "validation_split is 1.0"),
-        (lambda: Trainer(make_model()).fit(X, validation_data=(X, X, X)), "a tuple of 3"),
+        (lambda: Trainer(make_model()).fit(X, validation_data=(X, X, X, X)), "a tuple of 4"),
         (lambda: Trainer(make_model()).fit(X, verbose="yes"), "verbose is 'yes'"),
     ],
 )
