@@ -15,7 +15,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
-from fastenc.data import DataError, Preprocessor, preprocessing, steps
+from fastenc.data import DataError, Preprocessor, learned, preprocessing, steps
 
 NAN, INF = float("nan"), float("inf")
 HOLES = np.array([[1.0, 2.0], [3.0, NAN], [5.0, INF], [9.0, 4.0]])
@@ -97,7 +97,7 @@ def test_dropped_rows_teach_nothing():
 @pytest.mark.parametrize("scale", ["standard", "minmax"])
 @pytest.mark.parametrize("value", [0.1, -1e10, 1e-300, 0.0])
 def test_constant_columns_become_exactly_zero(monkeypatch, scale, value):
-    monkeypatch.setattr(preprocessing, "_CHUNK", 130)  # several blocks: the mean is added up with rounding
+    monkeypatch.setattr(learned, "_CHUNK", 130)  # several blocks: the mean is added up with rounding
     fitted = Preprocessor(scale=scale).fit(np.full((1000, 1), value))
     assert not fitted.transform(np.full((7, 1), value)).x.any()
     assert not saved(fitted).transform(np.full((7, 1), value)).x.any()
@@ -347,7 +347,7 @@ def test_blocks_do_not_change_the_result(monkeypatch, table):
         fitted = Preprocessor(missing, "minmax").fit(many)
         whole = fitted.transform(many)
         with monkeypatch.context() as patch:
-            patch.setattr(preprocessing, "_CHUNK", 7)  # one row
+            patch.setattr(learned, "_CHUNK", 7)  # one row
             patch.setattr(steps, "_MEDIAN_VALUES", 1)  # one column
             assert Preprocessor(missing, "minmax").fit(many).to_dict() == fitted.to_dict()
             parts = fitted.transform(many)
@@ -356,7 +356,7 @@ def test_blocks_do_not_change_the_result(monkeypatch, table):
 
 
 def test_memory_map_is_never_whole_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocessing, "_CHUNK", 1 << 14)
+    monkeypatch.setattr(learned, "_CHUNK", 1 << 14)
     monkeypatch.setattr(steps, "_MEDIAN_VALUES", 1 << 14)
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(20_000, 64)).astype(np.float32))
     features = np.load(tmp_path / "x.npy", mmap_mode="r")
