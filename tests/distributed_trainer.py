@@ -76,6 +76,13 @@ CASES: dict[str, tuple[str, Any, dict[str, Any], dict[str, Any]]] = {
     "triplet": ("encoder", "triplet", {"accumulate": 2}, {}),
     "a loss of its own": ("autoencoder", unlike, {"lr": 0.01}, {"batch_size": 17}),  # a row has no other there
     "stream": ("autoencoder", "mse", {"metrics": [largest_error]}, {}),
+    "weights": ("autoencoder", "mse", {}, {"sample_weight": torch.arange(49) % 4, "validation_split": 0.3}),
+    "weights of classes": (
+        "classifier",
+        "cross_entropy",
+        {"accumulate": 2},
+        {"sample_weight": torch.arange(49) % 3 + 1},
+    ),
     "not shuffled": ("autoencoder", "bce_with_logits", {"metrics": {}}, {"shuffle": False}),
 }
 
