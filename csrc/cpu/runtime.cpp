@@ -131,13 +131,15 @@ bool leaves_to_aten(int64_t M, int64_t N, int64_t K, bool training, bool in_stac
   constexpr int64_t kLeastWork = 512 << 10;   // multiply-adds: below it is a call's own time that counts
   constexpr int64_t kFewRows = 4;             // a gradient of which is a few outer products
   constexpr int64_t kLargeWeight = 64 << 10;  // elements: writing its gradient is what takes time
-  constexpr int64_t kWideLayer = 600 << 10;   // elements of a weight of which the gradients' products take all the time
-  constexpr int64_t kWideInStack = 256;       // features on both sides
+  constexpr int64_t kWideWeight = 128 << 10;  // elements of a weight of which the products take all the time,
+  constexpr int64_t kWideBothWays = 256;      // or its features on both sides
+  constexpr int64_t kHugeWeight = 600 << 10;  // elements, for a few rows of a stack
   if (state().borrowed.brgemm_float != nullptr) return false;
-  if (in_stack && M <= kFewRows) return training && N * K >= kWideLayer;
-  if (in_stack) return M >= kLeastRows && std::min(N, K) >= kWideInStack;
+  const bool wide = N * K >= kWideWeight || std::min(N, K) >= kWideBothWays;
+  if (in_stack && M <= kFewRows) return training && N * K >= kHugeWeight;
+  if (in_stack) return M >= kLeastRows && wide;
   if (!training) return M >= kLeastRows && M * N * K >= kLeastWork;
-  return N * K >= (M <= kFewRows ? kLargeWeight : kWideLayer);
+  return M <= kFewRows ? N * K >= kLargeWeight : wide;
 }
 
 double brgemm_gflops(bool bfloat16) {
