@@ -30,7 +30,13 @@ def test_a_fingerprint_is_of_shape_and_values():
 def save(folder):
     Encoder(3, (2,)).save_pretrained(folder)
     write_record(
-        folder, np.ones((4, 3), np.float32), rows=5, held_out=0.2, seed=7, target=None, history={"loss": [2.0, 1.0]}
+        folder,
+        fingerprint(np.ones((4, 3), np.float32)),
+        rows=5,
+        held_out=0.2,
+        seed=7,
+        target=None,
+        history={"loss": [2.0, 1.0]},
     )
 
 
@@ -39,7 +45,7 @@ def test_a_record_reads_back(tmp_path):
     record = read_record(tmp_path)
     assert record.pop("model_sha256")
     assert record == {
-        "data_sha256": fingerprint(np.ones((4, 3), np.float32)),
+        "rows_sha256": fingerprint(np.ones((4, 3), np.float32)),
         "rows": 5,
         "held_out": 0.2,
         "seed": 7,
