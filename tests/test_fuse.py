@@ -286,6 +286,7 @@ def test_tied_weights_and_frozen_layers():
     assert fused[2].bias.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
 def test_scripted_modules():
     model = torch.jit.script(chain(nn.Linear(6, 8)))
     fused = fastenc.fuse(model, inplace=True, verbose=False)
@@ -293,6 +294,7 @@ def test_scripted_modules():
     assert "scripted" in next(iter(fastenc.fusion_report(fused).left.values()))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
 def test_scripting_tracing_and_fx_see_the_original():
     model = chain(nn.Linear(6, 8)).eval()
     fused = fastenc.fuse(model, verbose=False)
