@@ -22,7 +22,7 @@ from torch import nn
 
 from fastenc import AutoEncoder, EarlyStopping, Encoder, Trainer, explain, plots
 from fastenc.data import Preprocessor, load
-from fastenc.record import split_rows, write_record
+from fastenc.record import fingerprint, split_rows, write_record
 from fastenc.report import dead_units, evaluate_codes, fit_pca, render_evaluation, table
 from fastenc.vectors import write_vectors
 
@@ -88,7 +88,7 @@ def main() -> None:
 
     folder = args.out / "model"
     model.save_pretrained(folder, preprocessing=scale.to_dict())
-    write_record(folder, x, rows=len(x), held_out=TEST_SHARE, seed=SEED, target=None, history=history)
+    write_record(folder, fingerprint(x), rows=len(x), held_out=TEST_SHARE, seed=SEED, target=None, history=history)
     write_vectors(args.out / "vectors.npy", [codes])
     figures = {"best_epoch": best + 1, "loss": history["loss"][best], "val_loss": history["val_loss"][best]}
     figures |= {"dead_units": dead, "steps_per_second": speeds, **evaluation.to_dict()}
