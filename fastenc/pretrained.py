@@ -126,6 +126,24 @@ def load_as(
         ModelFileError: as `Pretrained.from_pretrained`.
     """
     path = _model_path(folder)
+    while True:
+        before = _identity(path)
+        try:
+            return _load_once(path, device, classes)
+        except ModelFileError:
+            # safetensors opens the file twice, for the header and for the tensors: it may have been replaced between.
+            if _identity(path) == before:
+                raise
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _load_once(
+    path: Path, device: torch.device | str | None, classes: dict[str, type]
+) -> tuple[Any, dict[str, Any] | None]:
     try:
         with safe_open(path, "pt") as file:
             record = _read_record(path, file.metadata())

@@ -18,6 +18,7 @@ import fastenc
 from fastenc import cli, ops
 from fastenc import tune as tune_function
 from fastenc.backends import choice, cuda, triton
+from fastenc.cli import machine
 
 tune = sys.modules["fastenc.tune"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,7 +186,7 @@ def test_command_without_a_gpu(monkeypatch):
 
 
 def test_command_measures_each_batch_and_info_shows_it(monkeypatch):
-    monkeypatch.setattr(cli, "measure", lambda model, x: tune_function(model, x, timers(0.5, 1)))
+    monkeypatch.setattr(machine, "measure", lambda model, x: tune_function(model, x, timers(0.5, 1)))
     args = ["--in-features", "20", "--widths", "16,8", "--batch", "3,5", "--dtype", "fp16", "--activation", "gelu"]
     result = run("tune", *args)
     assert result.exit_code == 0
