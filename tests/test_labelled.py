@@ -94,6 +94,10 @@ SAME = {
         ["--optimizer", "sgd", "--momentum", 0.9, "--nesterov", "--clip-norm", 0.5, "--weight-decay", 0.01],
         {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "clip_norm": 0.5, "weight_decay": 0.01},
     ),
+    "accumulated": (
+        ["--accumulate", 2, "--precision", "bf16", "--raw-targets"],
+        {"accumulate": 2, "precision": "bf16", "scale_targets": False},
+    ),
     "by contrast": (
         [
             *("--strategy", "pretrain", "--pretraining", "contrastive", "--pretraining-epochs", 1),

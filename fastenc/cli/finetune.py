@@ -78,6 +78,9 @@ class Targets:
         list[str] | None,
         typer.Option(metavar="COLUMN=NUMBER", help="What the loss of one of several targets counts; 1 by default."),
     ] = None
+    raw_targets: Annotated[
+        bool, typer.Option("--raw-targets", help="Train on the numbers as they are, not scaled to deviation 1.")
+    ] = False
 
     def options(self) -> dict[str, Any]:
         """task, loss and weights, as of `fastenc.finetune`."""
@@ -88,7 +91,8 @@ class Targets:
             loss = {name: value for name, value in loss.items() if value != "auto"}
             if rows := [value for value in loss.values() if value not in ONE_ROW_LOSSES]:
                 raise DataError(f"--loss is {rows[0]}, which several targets cannot have; leave it out")
-        return {"task": task or "auto", "loss": None if loss == "auto" else loss, "weights": weights}
+        loss = None if loss == "auto" else loss
+        return {"task": task or "auto", "loss": loss, "weights": weights, "scale_targets": not self.raw_targets}
 
 
 def named(option: str, values: list[str] | None, known: tuple[str, ...] | None) -> Any:

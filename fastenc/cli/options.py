@@ -14,6 +14,7 @@ from ..data import Preprocessor
 from ..data.preprocessing import DATES, MISSING, SCALES, TEXTS
 from ..pipeline import one_sentence
 from ..training import Trainer
+from ..training.precision import PRECISIONS
 from ..training.schedules import SCHEDULES
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -128,6 +129,8 @@ class Fitting:
     clip_value: Annotated[
         float | None, typer.Option(callback=positive, help="The most that each element of a gradient may be.")
     ] = None
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches that make one update.")] = 1
+    precision: Annotated[str, choice("Numbers to compute in; weights stay in float32", *PRECISIONS)] = "fp32"
     validation_split: Annotated[
         float, typer.Option(callback=fraction, help="Share of the rows, chosen at random, that is not trained on.")
     ] = 0.1
@@ -145,7 +148,10 @@ class Fitting:
         """
         options: dict[str, Any] = {
             name: getattr(self, name)
-            for name in ("optimizer", "lr", "momentum", "nesterov", "weight_decay", "l1", "clip_norm", "clip_value")
+            for name in (
+                *("optimizer", "lr", "momentum", "nesterov", "weight_decay", "l1", "clip_norm", "clip_value"),
+                *("accumulate", "precision"),
+            )
         }
         options["schedule"] = None if self.schedule == "constant" else self.schedule
         with one_sentence():
