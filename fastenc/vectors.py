@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import IO
@@ -14,6 +12,7 @@ import numpy as np
 
 from .data import DataError
 from .data.extras import require
+from .files import replacing
 
 ENDINGS = (".npy", ".csv", ".parquet")
 
@@ -31,24 +30,6 @@ def check_folder_of(path: Path) -> None:
     """Refuse a file to write in a folder that is not there."""
     if not path.absolute().parent.is_dir():
         raise DataError(f"the folder {path.absolute().parent} does not exist; make it first")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path` that takes its place at the end, or goes if there was an error.
-
-    Raises:
-        OSError: the disk is full or not writable; it names `path`, which is then as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        what = f"{error.strerror}; the file there is as it was: free some space or choose another folder"
-        raise OSError(error.errno, what, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_vectors(path: str | os.PathLike[str], chunks: Iterable[np.ndarray]) -> tuple[int, int]:

@@ -187,13 +187,9 @@ class _Transformer(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         steps, base = _unroll(node)
-        return (len(steps) > 1 and base is not None and self._asked(node, steps, base)) or self._into(node, steps, base)
-
-    def _into(self, node: ast.Call, steps: Sequence[Step], base: ast.expr | None) -> ast.AST:
-        # A part of a site is no site of its own; what goes into it may hold some, and never is one.
-        if len(steps) < 2:
-            self.generic_visit(node)
-        return node
+        if len(steps) < 2 or base is None:
+            return self.generic_visit(node)
+        return self._asked(node, steps, base) or node  # a part of a site is no site of its own
 
     def _visit_try(self, node: ast.AST) -> ast.AST:
         self.guarded += 1

@@ -13,10 +13,10 @@ import numpy as np
 from torch import nn
 
 from fastenc.data import DataError, as_rows
+from fastenc.files import replacing
 from fastenc.pipeline import MIN_EVALUATION_ROWS, OWN_SPLIT, SavedModel, run_in_chunks
 from fastenc.record import split_rows
 from fastenc.report import Evaluation, class_numbers, evaluate_codes, fit_pca, render_evaluation, row_errors, table
-from fastenc.vectors import replacing
 
 from .quality import Metric, anomalies, cluster_figures, code_statistics, downstream, feature_errors, spread
 
