@@ -60,6 +60,11 @@ class Encoder(Pretrained, nn.Module):
     def out_features(self) -> int:
         return self.widths[-1]
 
+    @property
+    def reconstructed_features(self) -> int:
+        """How many numbers an AutoEncoder on this encoder gives for each row: its own inputs."""
+        return self.in_features
+
     def get_config(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON can hold them."""
         return {
@@ -79,6 +84,24 @@ class Encoder(Pretrained, nn.Module):
         if not (self.training and self.dropout > 0):
             return None
         return (self.dropout,) * (len(self.layers) - 1) + (0.0,)
+
+
+# The encoders that a model can begin with, by the name in its config; none there is an Encoder. `frontends` adds its own.
+ENCODERS: dict[str, Any] = {}
+
+
+def encoder_from_config(config: dict[str, Any]) -> Any:
+    """The encoder of which `get_config` gave this.
+
+    Raises:
+        ValueError: an encoder that this version does not know.
+    """
+    name = config.get("class")
+    if name is None:
+        return Encoder(**config)
+    if name not in ENCODERS:
+        raise ValueError(f"there is no encoder {name!r} here; the known ones are Encoder, {', '.join(ENCODERS)}")
+    return ENCODERS[name].from_config(config)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -171,7 +194,8 @@ class AutoEncoder(Pretrained, nn.Module):
     """An encoder and its mirror image: `decode(encode(x))` is trained to be `x`.
 
     Args:
-        encoder: the Encoder; its widths, reversed, are the decoder's.
+        encoder: the Encoder; its widths, reversed, are the decoder's. On a FrontEncoder, `decode(encode(x))` is trained
+            to be `encoder.summary(x)`.
         final_activation: of the reconstruction; "sigmoid" for features in 0 to 1.
     """
 
@@ -181,7 +205,7 @@ class AutoEncoder(Pretrained, nn.Module):
         self.encoder = encoder
         self.decoder = Encoder(
             encoder.out_features,
-            (*reversed(encoder.widths[:-1]), encoder.in_features),
+            (*reversed(encoder.widths[:-1]), encoder.reconstructed_features),
             encoder.activation,
             final_activation,
             bias=first.bias is not None,
@@ -195,7 +219,7 @@ class AutoEncoder(Pretrained, nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> AutoEncoder:
-        return cls(Encoder(**config["encoder"]), config["final_activation"])
+        return cls(encoder_from_config(config["encoder"]), config["final_activation"])
 
     def encode(self, x: Tensor) -> Tensor:
         return self.encoder(x)
@@ -236,7 +260,7 @@ class Classifier(_Head):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Classifier:
-        return cls(Encoder(**config["encoder"]), config["num_classes"])
+        return cls(encoder_from_config(config["encoder"]), config["num_classes"])
 
 
 class Regressor(_Head):
@@ -250,4 +274,4 @@ class Regressor(_Head):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Regressor:
-        return cls(Encoder(**config["encoder"]), config["num_outputs"])
+        return cls(encoder_from_config(config["encoder"]), config["num_outputs"])

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from .encoder import AutoEncoder, Classifier, Encoder, Regressor
+from .frontends import FrontEncoder
 from .multitask import MultiTask
 from .pretrained import load_as
 
-CLASSES: dict[str, type] = {each.__name__: each for each in (Encoder, AutoEncoder, Classifier, Regressor, MultiTask)}
+CLASSES: dict[str, type] = {
+    each.__name__: each for each in (Encoder, FrontEncoder, AutoEncoder, Classifier, Regressor, MultiTask)
+}
 
 
 def load_pretrained(folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Any:
-    """Load whichever fastenc model `folder` holds: Encoder, AutoEncoder, Classifier, Regressor or MultiTask, in eval
+    """Load whichever fastenc model `folder` holds: Encoder, FrontEncoder, AutoEncoder, Classifier, Regressor or MultiTask, in eval
     mode.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastenc.data import DataError, as_target
 
-from .encoder import Encoder
+from .encoder import Encoder, encoder_from_config
 from .modules import FusedDense
 from .pretrained import Pretrained
 from .training.losses import LOSSES, fit_target, get_loss
@@ -90,7 +90,7 @@ class MultiTask(Pretrained, nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MultiTask:
-        return cls(Encoder(**config["encoder"]), {name: Task(**task) for name, task in config["tasks"]})
+        return cls(encoder_from_config(config["encoder"]), {name: Task(**task) for name, task in config["tasks"]})
 
     def head(self, task: str) -> FusedDense:
         """The linear layer of a task."""

@@ -14,6 +14,7 @@ from torch import nn
 
 from .data import Chunks, Data, DataError, Prepared, Preprocessor, as_rows
 from .data.sources import target_part
+from .frontends import Reader, reader_from_dict
 from .loading import load_with_preprocessing
 from .pretrained import MODEL_FILE, load_preprocessing
 from .record import split_rows
@@ -80,7 +81,8 @@ class SavedModel:
     Attributes:
         model: in eval mode.
         encoder: the part of it that makes the codes.
-        preprocessor: what its inputs need; None if it was saved without.
+        preprocessor: what its inputs need; None if it was saved without, or if they are no rows of numbers.
+        reader: of a model with a front end, what reads its items; None where the inputs are rows.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,7 +90,8 @@ class SavedModel:
         self.model, state = load_with_preprocessing(folder)
         self.encoder: Any = getattr(self.model, "encoder", self.model)
         with naming(str(folder)):
-            self.preprocessor = None if state is None else Preprocessor.from_dict(state)
+            self.reader: Reader | None = None if state is None else reader_from_dict(state)
+            self.preprocessor = None if state is None or self.reader is not None else Preprocessor.from_dict(state)
 
     def prepare(self, source: str, features: Any) -> Prepared:
         """`features` as float32 rows for the model; DataError names `source`."""

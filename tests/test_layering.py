@@ -34,7 +34,7 @@ LAYERS = (
         "sklearn",
         "vectors",
     },
-    {"finetuning", "loading", "multitask"},
+    {"finetuning", "frontends", "loading", "multitask"},
     {"training"},
     {"convert", "encoder", "explain", "files", "lora", "plain", "pretrained", "tune"},
     {"modules"},
@@ -49,8 +49,11 @@ DATA, ABOVE_DATA = "data", LAYERS[0] | LAYERS[1] | LAYERS[2]
 
 # Each import of them costs a noticeable part of a second, and only the extras `app`, `track` and `tools` bring them.
 HEAVY = {
+    "Bio",
+    "PIL",
     "accelerate",
     "captum",
+    "fastapi",
     "lightning",
     "matplotlib",
     "mlflow",
@@ -61,13 +64,16 @@ HEAVY = {
     "scipy",
     "sklearn",
     "skorch",
+    "soundfile",
     "tensorboard",
+    "tokenizers",
     "torchao",
     "torchinfo",
     "tqdm",
     "transformers",
     "triton",
     "typer",
+    "uvicorn",
     "wandb",
 }
 

@@ -14,7 +14,10 @@ from .. import __version__
 from ..data import DataError
 from ..pretrained import ModelFileError
 
-EXTRAS = ("sklearn", "pandas", "pyarrow", "matplotlib", "torchvision")
+EXTRAS = (
+    *("sklearn", "pandas", "pyarrow", "matplotlib", "torchvision", "PIL", "soundfile", "tokenizers", "Bio"),
+    *("fastapi", "uvicorn", "prometheus_client", "opacus", "captum"),
+)
 
 
 class OneSentenceErrors(TyperGroup):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_PACKAGES = {"sklearn": "scikit-learn"}  # where pip's name is not the module's
+_PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "Bio": "biopython"}  # where pip's name is not the module's
 _ALONE = {"torchvision"}  # in none of fastenc's extras
 
 

@@ -1,0 +1,6 @@
+from .reader import Reader
+
+
+class AudioReader(Reader):
+    kind = "audio"
+    suffixes = (".wav", ".flac",)

@@ -1,0 +1,65 @@
+"""Which kind of data a file or folder holds, and the reader of each kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..data import DataError
+from .audio import AudioReader
+from .images import ImageReader
+from .reader import Collection, Reader
+from .sequences import SequenceReader
+from .series import SeriesReader
+from .text import TextReader, is_text_table
+
+# In the order in which a folder is looked through.
+KINDS: dict[str, type[Reader]] = {
+    reader.kind: reader for reader in (ImageReader, AudioReader, SequenceReader, TextReader, SeriesReader)
+}
+TABLE = "table"
+_TABLES = (".csv", ".parquet", ".npy")
+
+
+def kind_of(source: str, kind: str = "auto", target: str | None = None) -> str:
+    """The kind of what is in `source`: a name of KINDS, or "table" for what `fastenc.data.load` reads.
+
+    Args:
+        kind: "auto" to look: at the files' endings and, in a table, at whether it has one column of sentences.
+        target: the column of labels of a table.
+
+    Raises:
+        DataError: a folder of several kinds, or of none.
+    """
+    path = Path(source)
+    if kind != "auto":
+        return kind
+    if not path.is_dir():
+        known = [name for name, reader in KINDS.items() if path.suffix.lower() in reader.suffixes]
+        if path.suffix.lower() in _TABLES:
+            return TextReader.kind if path.is_file() and is_text_table(path, target) else TABLE
+        return known[0] if known else TABLE
+    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")}
+    known = [name for name, reader in KINDS.items() if suffixes & set(reader.suffixes)]
+    if len(known) != 1:
+        what = f"of several kinds, {' and '.join(known)}" if known else "that no front end reads"
+        raise DataError(f"{source} holds files {what}; say which to take by --kind {' or '.join(known or KINDS)}")
+    return known[0]
+
+
+def collect(source: str, kind: str, target: str | None = None, column: str | None = None) -> Collection:
+    """The items of this kind in a file or folder; see `Reader.collect`.
+
+    Raises:
+        DataError: nothing is there, or what `Reader.collect` refuses.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise DataError(f"no such file or folder: {source}; give the path of the data")
+    return KINDS[kind].collect(path, target, column)
+
+
+def reader_from_dict(state: dict[str, Any]) -> Reader | None:
+    """The reader that was saved with a model as its preprocessing; None where that is a table's."""
+    reader = KINDS.get(state.get("kind", ""))
+    return None if reader is None else reader.from_dict(state)

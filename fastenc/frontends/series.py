@@ -1,0 +1,6 @@
+from .reader import Reader
+
+
+class SeriesReader(Reader):
+    kind = "series"
+    suffixes = (".csv", ".npy",)
