@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,29 @@ import torch
 
 from fastenc import plots
 from fastenc.report import table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table that `make examples` makes of all examples.
+
+    what       what is measured, with its unit
+    ours       the figure of the fused model
+    beside     the baseline
+    theirs     its figure
+    higher     whether higher is better
+    """
+
+    what: str
+    ours: float
+    beside: str
+    theirs: float
+    higher: bool = True
+
+
+def write_results(out: Path, rows: Sequence[Row]) -> None:
+    """Write the figures to results.json in the example's folder, for the table of all of them."""
+    (out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
 def arguments(description: str, name: str, *, epochs: int, seeds: int) -> Any:

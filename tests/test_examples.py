@@ -1,37 +1,26 @@
 """Each example as a program of its own, at a smaller size: what it writes, and whether its figures make sense."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from example_runs import EXAMPLES, compare, figure, run
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from fastenc import cli
 from fastenc.loading import load_pretrained
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def run(name, *args):
-    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, args)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
 def losses(output):
     return [float(number) for number in re.search(r"loss: (\S+) after the first epoch, (\S+) after", output).groups()]
 
 
 def test_every_example_is_tested_here():
-    tested = set(re.findall(r'"(\w+\.py)"', Path(__file__).read_text()))
+    tested = set()
+    for path in Path(__file__).parent.glob("test_example*.py"):
+        tested |= set(re.findall(r'"(\w+\.py)"', path.read_text()))
     assert {path.name for path in EXAMPLES.glob("*.py")} == {*tested, "comparing.py"}  # which the others share
 
 
@@ -102,19 +91,6 @@ def test_the_command_line_goes_on_from_the_demo(digits, tmp_path):
 
 
 # The comparisons on real data, at a small size: what they print, and their pictures.
-
-
-def compare(name, out, *args):
-    output = run(name, "--out", out, "--seeds", 1, *args).stdout
-    for path in out.iterdir():
-        assert imread(path)[..., :3].std() > 0.05  # not blank
-    return output, sorted(path.name for path in out.iterdir())
-
-
-def figure(output, row):
-    """The first number in the table's row of this name."""
-    (line,) = (line for line in output.splitlines() if line.startswith(f"{row} "))
-    return float(line[len(row) :].split()[0])
 
 
 def test_pretrain_digits(tmp_path):
