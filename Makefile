@@ -24,11 +24,12 @@ PARALLEL := OMP_NUM_THREADS=1 $(ENV_PYTHON) -m pytest -n $(WORKERS) --dist loadf
 PYTEST := $(if $(ARGS),$(ENV_PYTHON) -m pytest $(ARGS),$(PARALLEL))
 FORMATTED := $(CXX_FILES) $(wildcard tests/native/*.cpp tests/native/*.h)
 
-.PHONY: help demo test test-full test-smoke bench bench-peers gpu gpu-there resources lint format clean
+.PHONY: help demo examples test test-full test-smoke bench bench-peers gpu gpu-there resources lint format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         train an encoder on handwritten digits; pictures and figures go to out/digits"
+	@echo "make examples     every kind of data and application beside its baseline, one table; some minutes"
 	@echo "make test         run the tests; some of them: make test ARGS='tests/test_modules.py -k bias'"
 	@echo "make test-full    the same and the longest sweeps under sanitizers"
 	@echo "make test-smoke   run the few tests that tell whether an installation works"
@@ -47,6 +48,9 @@ help:
 
 demo: $(BUILD)/built
 	$(ENV_PYTHON) examples/digits.py $(ARGS)
+
+examples: $(BUILD)/built $(VENV)/stamp-test $(VENV)/stamp-tools
+	$(ENV_PYTHON) examples/everything.py $(ARGS)
 
 test: $(BUILD)/built $(VENV)/stamp-test $(VENV)/stamp-tools
 	$(PYTEST)

@@ -95,6 +95,7 @@ class SavedModel:
 
     def prepare(self, source: str, features: Any) -> Prepared:
         """`features` as float32 rows for the model; DataError names `source`."""
+        self._check_takes_rows()
         with naming(source):
             if self.preprocessor is not None:
                 return self.preprocessor.transform(features)
@@ -102,6 +103,7 @@ class SavedModel:
 
     def prepare_chunks(self, source: str, chunks: Iterable[Data]) -> Iterator[tuple[Prepared, Any]]:
         """The same block by block, each with its targets: of a file that need not be whole in memory."""
+        self._check_takes_rows()
         start, current = 0, None
 
         def features() -> Iterator[Any]:
@@ -118,6 +120,13 @@ class SavedModel:
             for block in blocks:
                 assert current is not None
                 yield block, target_part(current.target, block.rows - start)
+
+    def _check_takes_rows(self) -> None:
+        if self.reader is not None:
+            raise DataError(
+                f"the model takes items of the kind {self.reader.kind}, not rows of a table; give it their folder or "
+                "file on the command line, or see fastenc.frontends"
+            )
 
     def _as_they_are(self, features: Any, start: int) -> Prepared:
         try:

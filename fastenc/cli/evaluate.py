@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..data import Chunks
+from ..evaluation import EvaluationReport
 from ..evaluation import evaluate as measure_quality
 from ..measured import read_rows
 from ..pipeline import SavedModel, labels_of
 from ..record import read_record
 from ..vectors import check_folder_of
-from .options import DataArgument, ModelArgument, inner_fraction, report_rows
+from .items import evaluate_folder
+from .options import ColumnOption, DataArgument, ModelArgument, inner_fraction, report_rows
 
 
 def evaluate(
@@ -35,6 +37,7 @@ def evaluate(
     quantile: Annotated[
         float, typer.Option(callback=inner_fraction, help="Share of fitted rows below the anomaly score's threshold.")
     ] = 0.95,
+    column: ColumnOption = None,
 ) -> None:
     """Measure how much of DATA the codes of the model in DIR keep, beside PCA of the same size.
 
@@ -46,7 +49,25 @@ def evaluate(
     for file in (json_file, html_file):
         if file is not None:
             check_folder_of(file)
-    saved, record = SavedModel(folder), read_record(folder)
+    saved = SavedModel(folder)
+    if saved.reader is not None:
+        report, why = evaluate_folder(saved, folder, data, target, column, metric=metric, quantile=quantile)
+    else:
+        report, why = evaluate_table(saved, folder, data, target, metric=metric, quantile=quantile)
+    typer.echo(f"{why}\n\n{report}")
+    if json_file is not None:
+        report.save_json(json_file, model=str(folder), data=data, rows=why)
+        typer.echo(f"\nwritten to {json_file}")
+    if html_file is not None:
+        report.save_html(html_file, f"{folder} on {data}", [why])
+        typer.echo(f"\nwritten to {html_file}")
+
+
+def evaluate_table(
+    saved: SavedModel, folder: Path, data: str, target: str | None, **options: Any
+) -> tuple[EvaluationReport, str]:
+    """The report of a table's rows, and a sentence on what was scored."""
+    record = read_record(folder)
     chunks = Chunks(data, target=target)
     if target is None and record is not None and (remembered := labels_of(chunks, record["target"])):
         chunks = Chunks(data, target=remembered)
@@ -61,15 +82,8 @@ def evaluate(
         measured.target,
         fit_rows=measured.fit_rows,
         score_rows=measured.score_rows,
-        metric=metric,
-        quantile=quantile,
         feature_names=None if saved.preprocessor is None else saved.preprocessor.feature_names,
         row_numbers=measured.rows,
+        **options,
     )
-    typer.echo(f"{measured.why}\n\n{report}")
-    if json_file is not None:
-        report.save_json(json_file, model=str(folder), data=data, rows=measured.why)
-        typer.echo(f"\nwritten to {json_file}")
-    if html_file is not None:
-        report.save_html(html_file, f"{folder} on {data}", [measured.why])
-        typer.echo(f"\nwritten to {html_file}")
+    return report, measured.why

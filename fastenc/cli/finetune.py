@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,13 +14,18 @@ from ..data.augmentation import FeatureMask, GaussianNoise, Mixup, image_augment
 from ..finetuning.finetune import STRATEGIES
 from ..finetuning.pretraining import METHODS, OPTIONS
 from ..finetuning.targets import TASKS
+from ..frontends import kind_of
+from ..frontends.kinds import TABLE
 from ..labelled import prepare, save
 from ..labelled import train as train_with_labels
 from ..multitask import ONE_ROW_LOSSES
 from ..pipeline import check_model_folder, one_sentence
+from .items import finetune_items, refuse
 from .options import (
+    ColumnOption,
     DataArgument,
     Fitting,
+    KindOption,
     Network,
     OutOption,
     Preparation,
@@ -258,6 +263,8 @@ def finetune(
     preparation: Preparation,
     augmentation: Augmentation,
     fitting: Fitting,
+    kind: KindOption = "auto",
+    column: ColumnOption = None,
 ) -> None:
     """Train an encoder and a head on the labels of DATA, and save them, with their preprocessing, in --out.
 
@@ -267,6 +274,12 @@ def finetune(
     outputs stand for.
     """
     check_model_folder(out)
+    target = one_or_several(targets.target)
+    kind = kind_of(data, kind, target if isinstance(target, str) else None)
+    if kind != TABLE:
+        refuse(kind, preparation, augmentation)
+        finetune_kind(kind, data, out, targets, beginning, pretraining, network, fitting, column)
+        return
     with one_sentence():
         options = {
             **targets.options(),
@@ -275,7 +288,6 @@ def finetune(
             **fitting.trainer(),
             "augment": augmentation.steps(),
         }
-    target = one_or_several(targets.target)
     split, seed = fitting.validation_split, fitting.seed
     labelled = prepare(data, target, beginning.encoder, pretraining.unlabelled, preparation.preprocessor(), split, seed)
     prepared, held_out = labelled.prepared, int(labelled.is_held_out.sum())
@@ -300,3 +312,39 @@ def finetune(
         typer.echo(f"pre-training: {describe_history(result.pretraining.history)}; {result.pretraining.how}")
     typer.echo(f"training: {describe_history(result.history)}; {result.how}")
     typer.echo(f"{seconds:.1f} s; saved in {out}")
+
+
+def finetune_kind(
+    kind: str,
+    data: str,
+    out: Path,
+    targets: Targets,
+    beginning: Beginning,
+    pretraining: Pretraining,
+    network: Network,
+    fitting: Fitting,
+    column: str | None,
+) -> None:
+    """What of the options is for items with a front end; all others are refused."""
+    refuse(kind, replace(beginning, strategy="scratch", encoder=None, frozen=None))
+    refuse(kind, replace(pretraining, pretraining_epochs=None), replace(targets, target=None, task=None, loss=None))
+    of_targets = targets.options()
+    target = one_or_several(targets.target)
+    if isinstance(target, list) or isinstance(of_targets["task"], dict) or isinstance(of_targets["loss"], dict):
+        raise DataError("a front end takes one --target, with one --task and one --loss; leave the others out")
+    finetune_items(
+        data,
+        kind,
+        out,
+        network,
+        fitting,
+        fitting.trainer(),
+        target,
+        column,
+        strategy=beginning.strategy,
+        start=beginning.encoder,
+        frozen=beginning.frozen,
+        task=of_targets["task"],
+        loss=of_targets["loss"],
+        pretraining_epochs=pretraining.pretraining_epochs,
+    )

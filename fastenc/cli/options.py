@@ -12,6 +12,8 @@ from torch import nn
 from ..activation import ACTIVATIONS
 from ..data import Preprocessor
 from ..data.preprocessing import DATES, MISSING, SCALES, TEXTS
+from ..frontends import KINDS
+from ..frontends.kinds import TABLE
 from ..pipeline import one_sentence
 from ..training import Trainer
 from ..training.precision import PRECISIONS
@@ -74,10 +76,20 @@ def inner_fraction(value: float) -> float:
     return value
 
 
-DATA_HELP = "A .csv, .parquet or .npy file, or the word digits (scikit-learn's 1,797 handwritten digits)."
+DATA_HELP = (
+    "A .csv, .parquet or .npy file, or the word digits (scikit-learn's 1,797 handwritten digits); or a folder of images, "
+    "sounds, texts or recordings, a .txt file of a text in each line, or a .fasta file."
+)
 DataArgument = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP, show_default=False)]
 ModelArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A model folder.", show_default=False)]
 OutOption = Annotated[Path, typer.Option(metavar="DIR", help="The folder to save the model in.", show_default=False)]
+KindOption = Annotated[
+    str,
+    choice("What DATA holds", "auto", TABLE, *KINDS),
+]
+ColumnOption = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="Of a table of texts, the column that holds them.")
+]
 WidthsOption = Annotated[
     str, typer.Option(callback=check_widths, help="Widths of the encoder's layers; the last is the code's.")
 ]

@@ -13,13 +13,18 @@ from ..chunked import prepare_in_chunks
 from ..data import Chunks, DataError
 from ..encoder import AutoEncoder, Encoder
 from ..explain import explain
+from ..frontends import kind_of
+from ..frontends.kinds import TABLE
 from ..pipeline import check_model_folder, existing_parent, run_in_chunks
 from ..record import write_record
 from ..report import dead_units
 from ..training import EarlyStopping, Trainer
+from .items import refuse, train_items
 from .options import (
+    ColumnOption,
     DataArgument,
     Fitting,
+    KindOption,
     Network,
     OutOption,
     Preparation,
@@ -44,16 +49,27 @@ def train(
     ] = None,
     loss: Annotated[str, choice("Loss", "mse", "mae")] = "mse",
     dtype: Annotated[str, choice("Number format of the weights", *DTYPES)] = "float32",
+    kind: KindOption = "auto",
+    column: ColumnOption = None,
 ) -> None:
     """Train an autoencoder on DATA and save it, with its preprocessing, in --out.
 
     The preprocessing is learned from the training rows only. A model that is in --out already is replaced when
     training has succeeded, and not before. DATA may be larger than memory: it is read in chunks, and prepared rows that
     are many are kept in a file beside --out until the end.
+
+    Of images, sounds, texts, recordings and sequences the autoencoder reconstructs a summary, such as a small picture.
     """
     check_model_folder(out)
     options = fitting.trainer()
     targets = one_or_several(target)
+    kind = kind_of(data, kind, targets if isinstance(targets, str) else None)
+    if kind != TABLE:
+        refuse(kind, preparation)
+        if isinstance(targets, list) or dtype != "float32":
+            raise DataError("a front end takes one --target and computes in float32; leave the others and --dtype out")
+        train_items(data, kind, out, network, fitting, options, targets, column, loss)
+        return
     chunks = Chunks(data, target=targets)
     folder: Path = existing_parent(out)
     rows = prepare_in_chunks(data, chunks, preparation.preprocessor(), folder, fitting.validation_split, fitting.seed)

@@ -1,5 +1,6 @@
 """How good an encoder is, in one report: figures, a page with pictures, and JSON."""
 
-from .evaluate import EvaluationReport, evaluate
+from .evaluate import evaluate
+from .report import EvaluationReport
 
 __all__ = ["EvaluationReport", "evaluate"]

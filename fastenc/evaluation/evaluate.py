@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,69 +11,15 @@ import numpy as np
 from torch import nn
 
 from fastenc.data import DataError, as_rows
-from fastenc.files import replacing
 from fastenc.pipeline import MIN_EVALUATION_ROWS, OWN_SPLIT, SavedModel, run_in_chunks
 from fastenc.record import split_rows
-from fastenc.report import Evaluation, class_numbers, evaluate_codes, fit_pca, render_evaluation, row_errors, table
+from fastenc.report import class_numbers, evaluate_codes, fit_pca, row_errors
 
 from .quality import Metric, anomalies, cluster_figures, code_statistics, downstream, feature_errors, spread
+from .report import EvaluationReport
 
 MAX_DOWNSTREAM_ROWS = 5_000  # a linear model is fitted to them for each split and input
 CODE, PCA_CODE, FEATURES = "code", "PCA of the same size", "all features"
-
-
-@dataclass(frozen=True)
-class EvaluationReport:
-    """What `evaluate` found. Every figure is of the scored rows, in the units of the (preprocessed) features.
-
-    Attributes:
-        evaluation: reconstruction beside PCA's, and what classifiers read from the codes.
-        features: of each feature its name, its variance, and its error as reconstructed by the model (None without a
-            decoder) and by PCA.
-        rows: how the errors of rows are spread: "fastenc" (if there is a decoder) and "PCA".
-        codes: see `quality.code_statistics`.
-        clusters: "code" and others -> see `quality.cluster_figures`.
-        downstream: see `quality.downstream`; None where there is no target or it could not be measured.
-        anomaly: see `quality.anomalies`; None without a decoder.
-        notes: what could not be measured and why.
-        drawn: what the page's pictures show: arrays that are not in the JSON.
-    """
-
-    evaluation: Evaluation
-    features: list[dict[str, Any]]
-    rows: dict[str, dict[str, float]]
-    codes: dict[str, Any]
-    clusters: dict[str, dict[str, float]]
-    downstream: dict[str, Any] | None
-    anomaly: dict[str, Any] | None
-    notes: list[str] = field(default_factory=list)
-    drawn: dict[str, Any] = field(default_factory=dict, repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON, without NaN and Inf."""
-        own = {name: value for name, value in self.__dict__.items() if name not in ("evaluation", "drawn", "rows")}
-        return {**self.evaluation.to_dict(), **own, "row_errors": self.rows, "notes": self.notes}
-
-    def to_html(self, title: str = "fastenc evaluation", facts: Sequence[str] = ()) -> str:
-        """One page that needs nothing else; `facts` are sentences for its head. Needs matplotlib."""
-        from .page import to_page
-
-        return to_page(self, title, facts)
-
-    def save_json(self, path: str | os.PathLike[str], **more: Any) -> None:
-        """Write the figures, after `more`, to a file that appears complete or not at all."""
-        with replacing(Path(path)) as temporary:
-            text = json.dumps({**more, **self.to_dict()}, indent=2, allow_nan=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
-
-    def save_html(self, path: str | os.PathLike[str], title: str = "fastenc evaluation", facts: Any = ()) -> None:
-        """Write the page to a file that appears complete or not at all."""
-        page = self.to_html(title, facts)
-        with replacing(Path(path)) as temporary:
-            temporary.write_text(page, encoding="utf-8")
-
-    def __str__(self) -> str:
-        return render(self)
 
 
 def evaluate(
@@ -151,6 +95,48 @@ def evaluate(
         reconstruction = _run(model, rows) if hasattr(model, "decode") else None
     finally:
         model.train(was_training)
+    return measure_codes(
+        rows,
+        codes,
+        reconstruction,
+        target,
+        fit_rows=fit_rows,
+        score_rows=score_rows,
+        metric=metric,
+        splits=splits,
+        confidence=confidence,
+        quantile=quantile,
+        names=names,
+        numbers=numbers if row_numbers is None else np.asarray(row_numbers),
+        seed=seed,
+    )
+
+
+def measure_codes(
+    rows: np.ndarray,
+    codes: np.ndarray,
+    reconstruction: np.ndarray | None,
+    target: np.ndarray | None,
+    *,
+    fit_rows: np.ndarray,
+    score_rows: np.ndarray,
+    metric: Metric | None = None,
+    splits: int = 10,
+    confidence: float = 0.95,
+    quantile: float = 0.95,
+    names: Sequence[str],
+    numbers: np.ndarray,
+    seed: int = 0,
+) -> EvaluationReport:
+    """`evaluate` of codes that are there already.
+
+    Args:
+        rows, codes, reconstruction: float32 `[rows, features]`, `[rows, code size]` and, with a decoder, as the rows.
+        target: `[rows]` or None.
+        names: of the features.
+        numbers: `[rows]`, what to call each row in the list of anomalies.
+        Others: as of `evaluate`.
+    """
     if not np.isfinite(codes).all():
         raise DataError("the model gives codes that are NaN or Inf; train it again, with a smaller lr or scaled data")
 
@@ -166,8 +152,7 @@ def evaluate(
         ours = feature_errors(scored, reconstruction[score_rows])
         errors = {"fastenc": row_errors(scored, reconstruction[score_rows]), **errors}
         known = row_errors(rows[fit_rows], reconstruction[fit_rows])
-        shown = numbers if row_numbers is None else np.asarray(row_numbers)
-        anomaly = anomalies(known, errors["fastenc"], shown[score_rows], quantile)
+        anomaly = anomalies(known, errors["fastenc"], numbers[score_rows], quantile)
     theirs, variance = feature_errors(scored, pca_rows), scored.astype(np.float64).var(axis=0)
     features = [
         {
@@ -211,38 +196,6 @@ def evaluate(
         notes=notes,
         drawn=drawn,
     )
-
-
-def render(report: EvaluationReport) -> str:
-    """The figures as text tables, for a terminal."""
-    parts = [render_evaluation(report.evaluation)]
-    rows = [(name, *(f"{value:.4g}" for value in figures.values())) for name, figures in report.rows.items()]
-    parts.append(table(("Error of a row", "mean", "median", "90%", "99%", "largest"), rows))
-    if report.downstream is not None:
-        rows = [
-            (name, f"{scores['mean']:.4g}", f"{scores['low']:.4g} to {scores['high']:.4g}")
-            for name, scores in report.downstream["scores"].items()
-        ]
-        share = f"{report.downstream['confidence']:.0%} interval, {report.downstream['splits']} splits"
-        parts.append(table((f"Linear model, {report.downstream['metric']}", "mean", share), rows))
-    if report.clusters:
-        columns = list(next(iter(report.clusters.values())))
-        rows = [(name, *(f"{figures[c]:.4g}" for c in columns)) for name, figures in report.clusters.items()]
-        parts.append(table(("Clusters", *(column.replace("_", " ") for column in columns)), rows))
-    codes = report.codes
-    dead = ", ".join(map(str, codes["dead"])) or "none"
-    parts.append(
-        f"Of {len(codes['variance'])} numbers of the code, dead: {dead}. Effective dimensions: "
-        f"{codes['effective_dimensions']:.1f}. Mean |correlation| of two: {codes['redundancy']:.2f}."
-    )
-    if report.anomaly is not None:
-        anomaly = report.anomaly
-        parts.append(
-            f"Anomalies: {anomaly['above']} of {report.evaluation.scored_rows} scored rows have an error above "
-            f"{anomaly['threshold']:.4g}, below which {anomaly['quantile']:.0%} of the fitted rows lie."
-        )
-    parts += [note for note in report.notes if note not in report.evaluation.notes]
-    return "\n\n".join(parts)
 
 
 def _downstream(

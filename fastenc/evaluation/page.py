@@ -13,7 +13,7 @@ from fastenc.data.extras import require
 from fastenc.plots import BLUE, ORANGE, STYLE, TEN_COLOURS
 
 if TYPE_CHECKING:
-    from .evaluate import EvaluationReport
+    from .report import EvaluationReport
 
 MAX_FEATURES = 20  # drawn and listed: those with the largest errors
 MAX_POINTS = 2_000

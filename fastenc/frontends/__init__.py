@@ -1,7 +1,7 @@
 """Front ends: images, text, audio, time series and biological sequences as features for the fused dense encoder."""
 
 from .base import FrontEnd, FrontEncoder
-from .batches import ByLength, Items, encode_items, make_loader
+from .batches import ByLength, Items, encode_items, make_loader, summaries
 from .kinds import KINDS, collect, kind_of, reader_from_dict
 from .reader import Collection, Reader
 
@@ -18,4 +18,5 @@ __all__ = [
     "kind_of",
     "make_loader",
     "reader_from_dict",
+    "summaries",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..data import DataError
+from .base import FrontEncoder
 from .reader import Reader
 
 KEPT_BYTES = 1 << 30  # of items that are kept in memory; the others are read again in each epoch
@@ -26,19 +29,23 @@ class Items(Dataset):
 
     Attributes:
         lengths: int64 `[items]`, as of `Reader.length`.
+        sha256: of all that was read.
     """
 
     def __init__(self, reader: Reader, items: Sequence[Any]) -> None:
         self.reader, self.items = reader, items
         self._kept: dict[int, np.ndarray] = {}
         self.lengths = np.empty(len(items), np.int64)
-        held = 0
+        held, digest = 0, hashlib.sha256()
         for number, item in enumerate(items):
             array = reader.read(item)
             self.lengths[number] = reader.length(array)
+            digest.update(f"{array.dtype.str} {array.shape} ".encode())
+            digest.update(np.ascontiguousarray(array).data)
             held += array.nbytes
             if held <= KEPT_BYTES:
                 self._kept[number] = array
+        self.sha256 = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -87,7 +94,7 @@ class ByLength(Sampler[list[int]]):
 def make_loader(
     items: Items,
     rows: np.ndarray,
-    target: Tensor | Callable[[Tensor], Tensor],
+    target: Tensor,
     *,
     batch_size: int = 32,
     seed: int | None = None,
@@ -96,31 +103,46 @@ def make_loader(
 
     Args:
         rows: which of the items.
-        target: one for each item, `[items, ...]`; or a function of the batch, such as `FrontEncoder.summary`.
+        target: of each item, `[items, ...]`, on the CPU: labels, or for an AutoEncoder what `summaries` gives.
         seed: of the order; None: not shuffled, for validation.
     """
 
     def collate(rows: list[tuple[int, np.ndarray]]) -> tuple[Tensor, Tensor]:
         x = items.reader.batch([array for _, array in rows])
-        return x, target[[number for number, _ in rows]] if isinstance(target, Tensor) else target(x)
+        return x, target[[number for number, _ in rows]]
 
     return DataLoader(items, batch_sampler=ByLength(items.lengths, rows, batch_size, seed), collate_fn=collate)
 
 
-@torch.inference_mode()
+def summaries(encoder: FrontEncoder, items: Items) -> Tensor:
+    """What an AutoEncoder on `encoder` reconstructs, of each item: float32 [items, summary_features], on the CPU."""
+    return torch.from_numpy(map_items(encoder.summary, items, next(encoder.parameters())))
+
+
 def encode_items(model: nn.Module, items: Items) -> np.ndarray:
     """What `model`, which takes the batches of the items' reader, gives for each item: float32 [items, ...].
 
-    The order is the items'; no gradients. Put the model in eval mode first.
+    In the items' order, without gradients, in eval mode.
     """
-    place = next(model.parameters())
+    was_training = model.training
+    model.eval()
+    try:
+        return map_items(model, items, next(model.parameters()))
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode()
+def map_items(function: Callable[[Tensor], Tensor], items: Items, place: Tensor) -> np.ndarray:
+    """What `function` gives for each item, float32 [items, ...], of batches on the device and in the dtype of `place`."""
     result: np.ndarray | None = None
     for numbers in ByLength(items.lengths, np.arange(len(items)), ENCODED, None):
         x = items.reader.batch([items[number][1] for number in numbers])
         x = x.to(place.device, place.dtype if x.is_floating_point() else None)
-        out = model(x).float().cpu().numpy()
+        out = function(x).float().cpu().numpy()
         if result is None:
             result = np.empty((len(items), *out.shape[1:]), np.float32)
         result[numbers] = out
-    assert result is not None, "no items"
+    if result is None:
+        raise DataError("there are no items; give at least one")
     return result
