@@ -17,7 +17,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from . import ops
+from . import (
+    operators,  # noqa: F401 - registers torch.ops.fastenc
+    ops,
+)
 from .activation import activation_code, activation_codes, get_activation
 from .backends import reference
 

@@ -39,6 +39,7 @@ LAYERS = (
     {"convert", "encoder", "explain", "files", "lora", "plain", "pretrained", "tune"},
     {"modules"},
     {"dynamo", "functional"},
+    {"operators"},
     {"ops"},
     {"backends"},
     {"activation", "kernels", "_C", "_C_cuda"},
@@ -226,7 +227,7 @@ def test_import_fastenc_is_light():
     assert not loaded & HEAVY
 
 
-def test_torch_library_is_used_in_ops_only():
+def test_torch_library_is_used_in_operators_only():
     users = set()
     for module, path in sources():
         tree = ast.parse(path.read_text())
@@ -234,7 +235,7 @@ def test_torch_library_is_used_in_ops_only():
         uses += [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_torch_library(node)]
         if uses:
             users.add(module)
-    assert users == {"ops"}
+    assert users == {"operators"}
 
 
 def is_torch_library(node: ast.Attribute) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from .. import ops
+from .. import operators, ops
 from ..activation import activation_codes
 from . import match
 from .match import Layer, known, value
@@ -123,7 +123,7 @@ def lower(graph: fx.Graph) -> None:
 
     The graph is Inductor's, after autograd: its operators have no gradient.
     """
-    if ops.forced_backend() not in ("auto", "cpu") or ops.describe_kernels():
+    if ops.forced_backend() not in ("auto", "cpu") or operators.describe_kernels():
         return
     for node in graph.nodes:
         if node.op == "call_function" and (lowered := _lowered(node)):
