@@ -96,6 +96,34 @@ def test_operators_match_eager(backend, activation):
             worst.check()
 
 
+@pytest.mark.parametrize("cut", [(1,), (2,), (3,), (1, 2), (1, 3), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("activations", [("gelu", "relu", "silu", "tanh"), ("relu", "gelu", "identity", "gelu")], ids=str)
+def test_cut_stacks_match_eager(cut, activations, monkeypatch):
+    """As where a layer is left to eager PyTorch's product: each part by itself, forward and backward, any mask."""
+    ends = [*cut, len(activations)]
+    found = [slice(first, last) for first, last in zip([0, *cut], ends, strict=True)]
+    monkeypatch.setattr(cpu, "parts", lambda x, weights, training: found)
+
+    def stack(x, weights, biases, activations):
+        return torch.ops.fastenc.encoder_forward(x, weights, biases, activations, True)[len(weights) - 1]
+
+    worst = Worst()
+    for seed in range(8):
+        problem = draw(40, (9, 17, 16, 5, 8), activations, seed=seed)
+        worst.add(run(stack, problem), run(eager, problem), run(eager, problem.map(Tensor.double)))
+    worst.check()
+    x, weights, biases = problem.x, list(problem.weights), list(problem.biases)
+    results = torch.ops.fastenc.encoder_forward(x, weights, biases, activations, True)
+    (last,) = torch.ops.fastenc.encoder_forward(x, weights, biases, activations, False)
+    assert torch.equal(last, results[3])
+    everything = torch.ops.fastenc.encoder_backward(problem.grad_out, x, weights, results, activations, [True] * 9)
+    for wanted in range(9):
+        mask = [number == wanted for number in range(9)]
+        grads = torch.ops.fastenc.encoder_backward(problem.grad_out, x, weights, results, activations, mask)
+        assert torch.equal(grads[wanted], everything[wanted])
+        assert all(grad.numel() == 0 for number, grad in enumerate(grads) if number != wanted)
+
+
 @pytest.mark.parametrize("backend", ON_THE_CPU)
 def test_what_is_not_saved_is_empty(backend):
     with fastenc.use_backend(backend):
