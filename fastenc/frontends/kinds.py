@@ -35,16 +35,19 @@ def kind_of(source: str, kind: str = "auto", target: str | None = None) -> str:
     if kind != "auto":
         return kind
     if not path.is_dir():
-        known = [name for name, reader in KINDS.items() if path.suffix.lower() in reader.suffixes]
         if path.suffix.lower() in _TABLES:
             return TextReader.kind if path.is_file() and is_text_table(path, target) else TABLE
-        return known[0] if known else TABLE
-    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")}
-    known = [name for name, reader in KINDS.items() if suffixes & set(reader.suffixes)]
+        return next((name for name, reader in KINDS.items() if _is_of(reader, path)), TABLE)
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    known = [name for name, reader in KINDS.items() if any(_is_of(reader, file) for file in files)]
     if len(known) != 1:
         what = f"of several kinds, {' and '.join(known)}" if known else "that no front end reads"
         raise DataError(f"{source} holds files {what}; say which to take by --kind {' or '.join(known or KINDS)}")
     return known[0]
+
+
+def _is_of(reader: type[Reader], path: Path) -> bool:
+    return path.name.lower().endswith(reader.suffixes)
 
 
 def collect(source: str, kind: str, target: str | None = None, column: str | None = None) -> Collection:

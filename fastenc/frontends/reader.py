@@ -111,7 +111,7 @@ def files_by_class(path: Path, suffixes: Sequence[str]) -> tuple[list[Path], np.
     """
     if path.is_file():
         return [path], None
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file() and not file.name.startswith("."))
+    found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(tuple(suffixes)) and file.is_file() and not file.name.startswith("."))
     if not found:
         raise DataError(f"{path} holds no files in {', '.join(suffixes)}; give a folder that does")
     classes = [file.relative_to(path).parts[0] if file.parent != path else None for file in found]
