@@ -22,6 +22,7 @@ LAYERS = (
         "__main__",
         "chunked",
         "cli",
+        "collected",
         "evaluation",
         "info",
         "integrations",
