@@ -1,8 +1,8 @@
 """All front ends, applications and open challenges one after the other, and one table of what came out.
 
-    make examples                            # some minutes; pictures and figures go to out/
-    python examples/everything.py --only motifs driving
-    python examples/everything.py --docs     # also writes the table to docs/applications/README.md
+make examples                            # some minutes; pictures and figures go to out/
+python examples/everything.py --only motifs driving
+python examples/everything.py --docs     # also writes the table to docs/applications/README.md
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ PROGRAMS = {
 COLUMNS = ("program", "what", "ours", "beside", "theirs", "")
 HEAD = """# Every kind of data, and the applications
 
-`make examples` runs these programs, {count} in {minutes:.0f} minutes here, and writes this table; each has a page that says
-what its data are, how they were made, and what is weak. Measured on {where}; PyTorch {torch}, fastenc {version}. One run:
-the pages have spreads over seeds where there are some.
+`make examples` runs these programs, {count} in {minutes:.0f} minutes here, and `make examples ARGS=--docs` writes this
+table. Each has a page that says what its data are, how they were made, and what is weak. Measured on {where}; PyTorch
+{torch}, fastenc {version}. One run: the pages have spreads over seeds where there are some.
 
 """
 
@@ -91,7 +91,11 @@ def main() -> int:
     if args.docs and not failed:
         where = f"{platform.machine()}, {os.cpu_count()} cores, one thread"
         head = HEAD.format(
-            count=len(args.only), minutes=seconds / 60, where=where, torch=torch.__version__, version=fastenc.__version__
+            count=len(args.only),
+            minutes=seconds / 60,
+            where=where,
+            torch=torch.__version__,
+            version=fastenc.__version__,
         )
         (PAGES / "README.md").write_text(head + to_markdown(found), encoding="utf-8")
     return int(bool(failed))

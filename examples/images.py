@@ -32,7 +32,9 @@ def draw(digit: np.ndarray, random: np.random.Generator) -> Image.Image:
     """A digit, [64] in 0 to 16, somewhere on a canvas of 24 to 48 pixels a side."""
     height, width = random.integers(24, 49, 2)
     side = int(8 * random.uniform(1, 3))
-    image = Image.fromarray((digit.reshape(8, 8) / 16 * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    image = Image.fromarray((digit.reshape(8, 8) / 16 * 255).astype(np.uint8)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
     canvas = np.full((height, width), random.integers(0, 60), np.uint8)
     top, left = random.integers(0, height - side + 1), random.integers(0, width - side + 1)
     canvas[top : top + side, left : left + side] = np.maximum(canvas[top : top + side, left : left + side], image)

@@ -49,8 +49,8 @@ def split_items(collection: Collection, fraction: float, seed: int, reader: Read
     kept, held_out = split_rows(len(collection), fraction, seed)
     if len(kept) == 0 or (fraction > 0.0 and len(held_out) == 0):
         raise DataError(
-            f"--validation-split {fraction} of the {len(collection)} items of {collection.source} leaves {len(kept)} to "
-            f"train on and {len(held_out)} to validate on; change it"
+            f"--validation-split {fraction} of the {len(collection)} items of {collection.source} leaves {len(kept)} "
+            f"to train on and {len(held_out)} to validate on; change it"
         )
     if reader is None:
         reader = KINDS[collection.kind]().fit([collection.items[number] for number in np.sort(kept)])
@@ -76,7 +76,9 @@ def fit_items(
 ) -> History:
     """Train on the items' batches by length; `target` [items, ...] and `options` of the Trainer."""
     trainer = Trainer(model, loss=loss, seed=split.seed, **options)
-    validation = make_loader(split.items, split.held_out, target, batch_size=batch_size) if len(split.held_out) else None
+    validation = (
+        make_loader(split.items, split.held_out, target, batch_size=batch_size) if len(split.held_out) else None
+    )
     return trainer.fit(
         make_loader(split.items, split.kept, target, batch_size=batch_size, seed=split.seed),
         epochs=epochs,
@@ -138,7 +140,9 @@ def front_encoder_of(folder: Path, kind: str) -> tuple[FrontEncoder, Reader]:
     saved = SavedModel(folder)
     if saved.reader is None or saved.reader.kind != kind or not isinstance(saved.encoder, FrontEncoder):
         what = "rows of numbers" if saved.reader is None else f"items of the kind {saved.reader.kind}"
-        raise DataError(f"the model in {folder} takes {what}, and these are of the kind {kind}; give another one to --from")
+        raise DataError(
+            f"the model in {folder} takes {what}, and these are of the kind {kind}; give another one to --from"
+        )
     return saved.encoder.train(), saved.reader
 
 

@@ -86,7 +86,7 @@ class Encoder(Pretrained, nn.Module):
         return (self.dropout,) * (len(self.layers) - 1) + (0.0,)
 
 
-# The encoders that a model can begin with, by the name in its config; none there is an Encoder. `frontends` adds its own.
+# The encoders that a model can begin with, by the class in its config; without one it is an Encoder.
 ENCODERS: dict[str, Any] = {}
 
 

@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from . import (
-    operators,  # noqa: F401 - registers torch.ops.fastenc
-    ops,
-)
+from . import operators as _registered  # noqa: F401 - torch.ops.fastenc
+from . import ops
 from .activation import activation_code, activation_codes, get_activation
 from .backends import reference
 

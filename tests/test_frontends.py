@@ -7,7 +7,18 @@ from torch import nn
 
 from fastenc import AutoEncoder, Classifier, Encoder, ModelFileError, Trainer, load_pretrained
 from fastenc.data import DataError
-from fastenc.frontends import FrontEncoder, FrontEnd, Items, Reader, base, batches, collect, encode_items, make_loader, summaries
+from fastenc.frontends import (
+    FrontEncoder,
+    FrontEnd,
+    Items,
+    Reader,
+    base,
+    batches,
+    collect,
+    encode_items,
+    make_loader,
+    summaries,
+)
 from fastenc.frontends.batches import ByLength
 from fastenc.frontends.kinds import kind_of
 from fastenc.frontends.reader import files_by_class

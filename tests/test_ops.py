@@ -97,7 +97,9 @@ def test_operators_match_eager(backend, activation):
 
 
 @pytest.mark.parametrize("cut", [(1,), (2,), (3,), (1, 2), (1, 3), (1, 2, 3)], ids=str)
-@pytest.mark.parametrize("activations", [("gelu", "relu", "silu", "tanh"), ("relu", "gelu", "identity", "gelu")], ids=str)
+@pytest.mark.parametrize(
+    "activations", [("gelu", "relu", "silu", "tanh"), ("relu", "gelu", "identity", "gelu")], ids=str
+)
 def test_cut_stacks_match_eager(cut, activations, monkeypatch):
     """As where a layer is left to eager PyTorch's product: each part by itself, forward and backward, any mask."""
     ends = [*cut, len(activations)]

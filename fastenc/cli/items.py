@@ -95,7 +95,7 @@ def finetune_items(
     loss: str | None,
     pretraining_epochs: int | None,
 ) -> None:
-    """`fastenc finetune` of items: a head on their labels, from scratch, after an autoencoder, or from a saved model."""
+    """`fastenc finetune` of items: a head on their labels, from scratch, pre-trained, or from a saved model."""
     if (strategy == "transfer") != (start is not None):
         raise DataError("--strategy transfer and --from DIR go together; give both or neither")
     encoder, reader = (None, None) if start is None else front_encoder_of(start, kind)

@@ -77,8 +77,8 @@ def inner_fraction(value: float) -> float:
 
 
 DATA_HELP = (
-    "A .csv, .parquet or .npy file, or the word digits (scikit-learn's 1,797 handwritten digits); or a folder of images, "
-    "sounds, texts or recordings, a .txt file of a text in each line, or a .fasta file."
+    "A .csv, .parquet or .npy file, or the word digits (scikit-learn's 1,797 handwritten digits); or a folder of "
+    "images, sounds, texts or recordings, a .txt file of a text in each line, or a .fasta file."
 )
 DataArgument = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP, show_default=False)]
 ModelArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A model folder.", show_default=False)]

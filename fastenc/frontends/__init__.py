@@ -1,6 +1,6 @@
 """Front ends: images, text, audio, time series and biological sequences as features for the fused dense encoder."""
 
-from .base import FrontEnd, FrontEncoder
+from .base import FrontEncoder, FrontEnd
 from .batches import ByLength, Items, encode_items, make_loader, summaries
 from .kinds import KINDS, collect, kind_of, reader_from_dict
 from .reader import Collection, Reader

@@ -134,7 +134,7 @@ def encode_items(model: nn.Module, items: Items) -> np.ndarray:
 
 @torch.inference_mode()
 def map_items(function: Callable[[Tensor], Tensor], items: Items, place: Tensor) -> np.ndarray:
-    """What `function` gives for each item, float32 [items, ...], of batches on the device and in the dtype of `place`."""
+    """What `function` gives for each item, float32 [items, ...]; batches are on the device of `place`, in its dtype."""
     result: np.ndarray | None = None
     for numbers in ByLength(items.lengths, np.arange(len(items)), ENCODED, None):
         x = items.reader.batch([items[number][1] for number in numbers])

@@ -62,7 +62,13 @@ class Reader:
         items, labels = files_by_class(path, cls.suffixes)
         if target is not None:
             raise DataError(f"the labels of {cls.kind} files are the names of their folders; leave --target out")
-        return Collection(cls.kind, str(path), items, [str(item.relative_to(path)) if path.is_dir() else item.name for item in items], labels)
+        return Collection(
+            cls.kind,
+            str(path),
+            items,
+            [str(item.relative_to(path)) if path.is_dir() else item.name for item in items],
+            labels,
+        )
 
     def fit(self, items: Sequence[Any]) -> Reader:
         """Learn from the items that are trained on what reading needs to know, such as a vocabulary.
@@ -111,7 +117,11 @@ def files_by_class(path: Path, suffixes: Sequence[str]) -> tuple[list[Path], np.
     """
     if path.is_file():
         return [path], None
-    found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(tuple(suffixes)) and file.is_file() and not file.name.startswith("."))
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.name.lower().endswith(tuple(suffixes)) and file.is_file() and not file.name.startswith(".")
+    )
     if not found:
         raise DataError(f"{path} holds no files in {', '.join(suffixes)}; give a folder that does")
     classes = [file.relative_to(path).parts[0] if file.parent != path else None for file in found]
