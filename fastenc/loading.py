@@ -19,8 +19,8 @@ CLASSES: dict[str, type] = {
 
 
 def load_pretrained(folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Any:
-    """Load whichever fastenc model `folder` holds: Encoder, AutoEncoder, Classifier, Regressor or MultiTask, or a FrontEncoder,
-    in eval mode.
+    """Load whichever fastenc model `folder` holds: an Encoder or FrontEncoder, AutoEncoder, Classifier, Regressor or
+    MultiTask, in eval mode.
 
     Raises:
         ModelFileError: as `Pretrained.from_pretrained`.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
-from typer.testing import CliRunner
+from test_cli import fail, succeed
 
-from fastenc import cli, load_pretrained
+from fastenc import load_pretrained
 from fastenc.data import load
 from fastenc.frontends import KINDS, FrontEncoder
 
@@ -16,22 +16,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = ("--epochs", "2", "--widths", "16,4", "--validation-split", "0.25")
 CLASSES, EACH = ("high", "low"), 8
-
-
-def fastenc(*args):
-    return CliRunner().invoke(cli.app, [*map(str, args)])
-
-
-def done(*args):
-    result = fastenc(*args)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def refused(*args):
-    result = fastenc(*args)
-    assert result.exit_code == 2, result.output
-    return result.output
 
 
 def write_images(folder, random):
@@ -109,19 +93,19 @@ def test_every_kind_is_tested_here():
 
 def test_train_encode_evaluate(data, tmp_path):
     kind, source, target = data
-    out = done("train", source, "--out", tmp_path / "model", *target, *QUICK)
+    out = succeed("train", source, "--out", tmp_path / "model", *target, *QUICK)
     assert f"12 items of the kind {kind} to train on, 4 to validate on" in out
     model = load_pretrained(tmp_path / "model")
     assert isinstance(model.encoder, FrontEncoder)
     assert model.encoder.frontend.kind == kind
-    done("encode", tmp_path / "model", source, "-o", tmp_path / "v.npy")
+    succeed("encode", tmp_path / "model", source, "-o", tmp_path / "v.npy")
     vectors = np.load(tmp_path / "v.npy")
     assert vectors.shape == (16, 4)
     assert np.isfinite(vectors).all()
     assert len((tmp_path / "v.names.txt").read_text().splitlines()) == 16
-    done("encode", tmp_path / "model", source, "-o", tmp_path / "again.npy")
+    succeed("encode", tmp_path / "model", source, "-o", tmp_path / "again.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "again.npy"), vectors)
-    out = done("evaluate", tmp_path / "model", source, *target, "--json", tmp_path / "r.json")
+    out = succeed("evaluate", tmp_path / "model", source, *target, "--json", tmp_path / "r.json")
     assert "Scored on the 4 rows that were held out" in out
     figures = json.loads((tmp_path / "r.json").read_text())
     assert figures["reconstruction"]["fastenc"] > 0
@@ -131,8 +115,8 @@ def test_the_same_seed_gives_the_same_bits(data, tmp_path):
     _, source, target = data
     vectors = []
     for name in ("a", "b"):
-        done("train", source, "--out", tmp_path / name, *target, *QUICK)
-        done("encode", tmp_path / name, source, "-o", tmp_path / f"{name}.npy")
+        succeed("train", source, "--out", tmp_path / name, *target, *QUICK)
+        succeed("encode", tmp_path / name, source, "-o", tmp_path / f"{name}.npy")
         vectors.append(np.load(tmp_path / f"{name}.npy"))
     np.testing.assert_array_equal(*vectors)
 
@@ -142,9 +126,9 @@ def test_finetune(data, tmp_path, strategy):
     _, source, target = data
     options = ["--strategy", strategy]
     if strategy == "transfer":
-        done("train", source, "--out", tmp_path / "first", *target, *QUICK)
+        succeed("train", source, "--out", tmp_path / "first", *target, *QUICK)
         options += ["--from", tmp_path / "first"]
-    done("finetune", source, "--out", tmp_path / "model", *target, *QUICK, *options)
+    succeed("finetune", source, "--out", tmp_path / "model", *target, *QUICK, *options)
     assert json.loads((tmp_path / "model" / "training.json").read_text())["classes"] == list(CLASSES)
     model = load_pretrained(tmp_path / "model")
     assert model.head.out_features == 2
@@ -157,43 +141,41 @@ def test_finetune(data, tmp_path, strategy):
 def test_bad_input(data, tmp_path):
     kind, source, target = data
     model = tmp_path / "model"
-    assert "--missing is not for items" in refused("train", source, "--out", model, *target, "--missing", "drop")
-    assert "--dtype" in refused("train", source, "--out", model, *target, "--dtype", "bfloat16")
-    assert "--lora-rank is not for" in refused("finetune", source, "--out", model, *target, "--lora-rank", "4")
-    assert "--noise is not for" in refused("finetune", source, "--out", model, *target, "--noise", "0.1")
-    assert "go together" in refused("finetune", source, "--out", model, *target, "--strategy", "transfer")
+    assert "--missing is not for items" in fail("train", source, "--out", model, *target, "--missing", "drop")
+    assert "--dtype" in fail("train", source, "--out", model, *target, "--dtype", "bfloat16")
+    assert "--lora-rank is not for" in fail("finetune", source, "--out", model, *target, "--lora-rank", "4")
+    assert "--noise is not for" in fail("finetune", source, "--out", model, *target, "--noise", "0.1")
+    assert "go together" in fail("finetune", source, "--out", model, *target, "--strategy", "transfer")
     assert not model.exists()
     table = tmp_path / "table.csv"
     table.write_text("a,b\n" + "\n".join(f"{i},{i * 0.5}" for i in range(20)) + "\n")
-    done("train", table, "--out", tmp_path / "of_table", "--epochs", "1")
-    said = refused(
-        "finetune", source, "--out", model, *target, "--strategy", "transfer", "--from", tmp_path / "of_table"
-    )
+    succeed("train", table, "--out", tmp_path / "of_table", "--epochs", "1")
+    said = fail("finetune", source, "--out", model, *target, "--strategy", "transfer", "--from", tmp_path / "of_table")
     assert f"takes rows of numbers, and these are of the kind {kind}" in said
 
 
 def test_folders_of_nothing_known(tmp_path):
     (tmp_path / "notes.xyz").write_text("?")
-    assert "that no front end reads" in refused("train", tmp_path, "--out", tmp_path.parent / "model")
+    assert "that no front end reads" in fail("train", tmp_path, "--out", tmp_path.parent / "model")
 
 
 def test_folders_of_several_kinds(tmp_path):
     write_images(tmp_path, np.random.default_rng(0))
     write_sounds(tmp_path, np.random.default_rng(0))
-    said = refused("train", tmp_path, "--out", tmp_path.parent / "model")
+    said = fail("train", tmp_path, "--out", tmp_path.parent / "model")
     assert "of several kinds, image and audio" in said
-    done("train", tmp_path, "--kind", "audio", "--out", tmp_path.parent / "model", *QUICK)
+    succeed("train", tmp_path, "--kind", "audio", "--out", tmp_path.parent / "model", *QUICK)
 
 
 def test_a_table_with_sentences_is_text(tmp_path):
     lines = [f'"the {word} is number {i} in the list of things",{word}' for i, word in enumerate(["cat", "dog"] * 10)]
     table = tmp_path / "texts.csv"
     table.write_text("what,label\n" + "\n".join(lines) + "\n")
-    assert "items of the kind text" in done("train", table, "--target", "label", "--out", tmp_path / "m", *QUICK)
-    out = done("train", table, "--target", "label", "--kind", "table", "--out", tmp_path / "n", *QUICK)
+    assert "items of the kind text" in succeed("train", table, "--target", "label", "--out", tmp_path / "m", *QUICK)
+    out = succeed("train", table, "--target", "label", "--kind", "table", "--out", tmp_path / "n", *QUICK)
     assert "features" in out
     assert "kind" not in out
-    done("encode", tmp_path / "m", table, "--column", "what", "-o", tmp_path / "v.npy")
+    succeed("encode", tmp_path / "m", table, "--column", "what", "-o", tmp_path / "v.npy")
     assert np.load(tmp_path / "v.npy").shape == (20, 4)
 
 
@@ -201,5 +183,5 @@ def test_labels_are_needed_to_finetune(tmp_path):
     write_images(tmp_path, np.random.default_rng(0))
     for name in ("tower", "sea"):
         (tmp_path / "text.txt").open("a").write(f"a {name} of some kind\n" * 8)
-    said = refused("finetune", tmp_path / "text.txt", "--out", tmp_path.parent / "model")
+    said = fail("finetune", tmp_path / "text.txt", "--out", tmp_path.parent / "model")
     assert "has no labels to learn" in said
