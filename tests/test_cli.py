@@ -267,8 +267,8 @@ def test_wrong_data_is_one_sentence(tmp_path, table, digits_model):
     model, _ = digits_model
     out = ("--out", tmp_path / "model")
     assert "missing.csv" in fail("train", tmp_path / "missing.csv", *out)
-    (tmp_path / "text.txt").write_text("a,b\n1,2\n")
-    assert ".parquet" in fail("train", tmp_path / "text.txt", *out)
+    (tmp_path / "text.tsv").write_text("a,b\n1,2\n")
+    assert ".parquet" in fail("train", tmp_path / "text.tsv", *out)
     assert "weight" in fail("train", table, *out, "--target", "weight")
     assert "people.csv" in (error := fail("train", table, *out, "--missing", "error"))
     assert "3 of" in error
