@@ -119,7 +119,7 @@ def _named(item: Any) -> tuple[str, str]:
     if not isinstance(item, Record):
         if not isinstance(item, (str, bytes)):
             raise DataError(f"a sequence is text, bytes of FASTA or a Record, not {type(item).__name__}; give one of these")
-        records = parse_fasta(item.encode() if isinstance(item, str) else item)
+        records = parse_fasta(item.strip().encode() if isinstance(item, str) else item)
         if len(records) > 1:
             raise DataError(
                 f"the FASTA text holds {len(records)} records and one is read at a time; take each from parse_fasta"
