@@ -37,9 +37,7 @@ def main() -> None:
     hits: dict[str, list[float]] = {OURS: [], KMERS: [], "any position": []}
     likeness: dict[str, list[float]] = {f"{box}, {how}": [] for box in BOXES for how in ("attributed", "by chance")}
     for seed in range(args.seeds):
-        train, validation, test = (
-            make(rows, 3 * seed + part) for part, rows in enumerate((TRAIN, VALIDATION, TEST))
-        )
+        train, validation, test = (make(rows, 3 * seed + part) for part, rows in enumerate((TRAIN, VALIDATION, TEST)))
         model = train_scanner(train, validation, args.epochs, seed)
         words = Words(train, validation)
         scores = (scanned(model, test), words.scores(test), scores_of_known(test.letters))
@@ -63,9 +61,7 @@ def main() -> None:
         if seed == 0:
             first = promoters, attributed, recovered, starts, np.argsort(-scores[0][of_promoters])
     print(f"{TRAIN} sequences of {LENGTH} letters to train on, scored on {TEST}; {args.seeds} seeds\n")
-    against = {
-        f"against {kind}": {name: f"{np.mean(by_kind[name][kind]):.3f}" for name in NAMES} for kind in KINDS[1:]
-    }
+    against = {f"against {kind}": {name: f"{np.mean(by_kind[name][kind]):.3f}" for name in NAMES} for kind in KINDS[1:]}
     show(areas, "area under the ROC curve", args.out / "areas.png", **against)
     print()
     show(hits, "share of the peaks in the boxes", args.out / "peaks.png")

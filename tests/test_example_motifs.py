@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from example_runs import EXAMPLES, compare, figure, run
+from matplotlib.figure import Figure
 
 from fastenc.frontends import collect
 from fastenc.frontends.sequences import SequenceReader
@@ -117,5 +118,15 @@ def test_fasta_of_planted_motifs(tmp_path):
     assert len(set(collect(str(path), "sequence", target="kind").labels)) == 4
 
 
-def test_pictures_are_a_module_of_the_example():
-    assert (EXAMPLES / "motif_pictures.py").exists()  # which motifs.py draws with
+def test_letters_of_a_logo_have_their_heights(examples):
+    *_, pictures = examples
+    assert pictures.__file__ == str(EXAMPLES / "motif_pictures.py")
+    axes = Figure().add_subplot()
+    heights = np.array([[1.0, 0.5, 0.0, 0.0], [0.0, 0.0, -0.5, 0.0]])
+    pictures.draw_letters(axes, heights)
+    boxes = [
+        patch.get_path().transformed(patch.get_transform() - axes.transData).get_extents() for patch in axes.patches
+    ]
+    found = [[round(float(edge), 6) for edge in (box.x0, box.y0, box.x1, box.y1)] for box in boxes]
+    # The larger is on top; what is negative hangs from zero.
+    assert found == [[0.53, 0.0, 1.47, 0.5], [0.53, 0.5, 1.47, 1.5], [1.53, -0.5, 2.47, 0.0]]

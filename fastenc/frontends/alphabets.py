@@ -89,14 +89,12 @@ def _nucleotides(name: str, letters: str, other: str) -> Alphabet:
 
 
 _AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
-# Selenocysteine (U) and pyrrolysine (O) are too rare to learn of: they are read as what they were made from. A stop is a
-# letter of its own, which X does not stand for.
+# Selenocysteine (U) and pyrrolysine (O) are too rare to learn of: they are read as what they were made from. A stop is
+# a letter of its own, which X does not stand for.
 _PROTEIN = Alphabet(
     "protein", _AMINO_ACIDS + "*", {"B": "DN", "Z": "EQ", "J": "IL", "X": _AMINO_ACIDS, "U": "C", "O": "K"}
 )
-ALPHABETS = {
-    each.name: each for each in (_nucleotides("dna", "ACGT", "U"), _nucleotides("rna", "ACGU", "T"), _PROTEIN)
-}
+ALPHABETS = {each.name: each for each in (_nucleotides("dna", "ACGT", "U"), _nucleotides("rna", "ACGU", "T"), _PROTEIN)}
 TITLES = {"dna": "DNA", "rna": "RNA", "protein": "protein"}
 
 _OF_NUCLEOTIDES = set(ALPHABETS["dna"].symbols)
@@ -108,10 +106,10 @@ _ENOUGH = 12  # letters that tell: in a protein, 9 of 10 among those six are the
 def find_alphabet(named: Iterable[tuple[str, str]]) -> str:
     """Whether sequences are "dna", "rna" or "protein".
 
-    Nearly all nucleotides' letters are amino acids' as well. So a sequence is taken for nucleotides if it has 12 letters
-    or more, and 9 in 10 of them are A, C, G, T, U or N; for a protein if it is not, and has a letter that nucleotides
-    have not. Where neither says anything, as in short peptides, all letters together decide: nucleotides if at least
-    half of them are of those six. RNA has U and no T.
+    Nearly all nucleotides' letters are amino acids' as well. So a sequence is taken for nucleotides if it has 12
+    letters or more, and 9 in 10 of them are A, C, G, T, U or N; for a protein if it is not, and has a letter that
+    nucleotides have not. Where neither says anything, as in short peptides, all letters together decide: nucleotides if
+    at least half of them are of those six. RNA has U and no T.
 
     Args:
         named: (what, sequence), `what` the subject of a sentence.

@@ -118,7 +118,9 @@ def _named(item: Any) -> tuple[str, str]:
         return "the sequence", "".join(item.split())
     if not isinstance(item, Record):
         if not isinstance(item, (str, bytes)):
-            raise DataError(f"a sequence is text, bytes of FASTA or a Record, not {type(item).__name__}; give one of these")
+            raise DataError(
+                f"a sequence is text, bytes of FASTA or a Record, not {type(item).__name__}; give one of these"
+            )
         records = parse_fasta(item.strip().encode() if isinstance(item, str) else item)
         if len(records) > 1:
             raise DataError(
@@ -176,13 +178,13 @@ class SequenceFrontEnd(FrontEnd):
         channels = len(of.letters)
         if len(filters) != len(widths) or not filters or min(*filters, *widths, pool) < 1:
             raise ValueError(
-                f"filters {tuple(filters)}, widths {tuple(widths)} and pool {pool} make no layers; give as many filters "
-                "as widths, all at least 1"
+                f"filters {tuple(filters)}, widths {tuple(widths)} and pool {pool} make no layers; give as many "
+                "filters as widths, all at least 1"
             )
         if kmer < 0 or channels**kmer > _MOST_KMERS:
             raise ValueError(
-                f"kmer {kmer} makes {channels**max(kmer, 0)} words of {channels} letters; give 0 or more letters that "
-                f"make at most {_MOST_KMERS}"
+                f"kmer {kmer} makes {channels ** max(kmer, 0)} words of {channels} letters; give 0 or more letters "
+                f"that make at most {_MOST_KMERS}"
             )
         if both_strands and not of.nucleotides:
             raise ValueError(f"{alphabet} has one strand; leave both_strands out")
@@ -277,8 +279,8 @@ def reverse_complement(letters: Tensor, there: Tensor) -> Tensor:
 def kmer_composition(letters: Tensor, there: Tensor, k: int) -> Tensor:
     """[B, L, C] -> [B, C**k]: log(1 + C**k * share) - log 2 of each word of k letters among all words of a sequence.
 
-    The words are in the order of their letters' channels, the last changing fastest. An ambiguous letter counts for each
-    of its meanings by its likelihood. A sequence of fewer than k letters has no words: shares of 0.
+    The words are in the order of their letters' channels, the last changing fastest. An ambiguous letter counts for
+    each of its meanings by its likelihood. A sequence of fewer than k letters has no words: shares of 0.
     """
     letters = F.pad(letters.to(_wide(letters)), (0, 0, 0, max(0, k - letters.shape[1])))
     words = (there.sum(1) - k + 1).clamp(min=1)
