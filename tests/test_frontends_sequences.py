@@ -152,7 +152,7 @@ def test_nothing_to_read():
         SequenceReader("dna").read(b">hollow\n>other\nACGT"[:8])
     with pytest.raises(ValueError, match="the reader knows no alphabet yet; call fit"):
         SequenceReader().read("ACGT")
-    with pytest.raises(DataError, match="not int; give one of these"):
+    with pytest.raises(DataError, match="not int; give one"):
         SequenceReader("dna").read(7)
     with pytest.raises(ValueError, match="there is no alphabet 'xna'; the known ones are dna, rna, protein"):
         SequenceReader("xna")

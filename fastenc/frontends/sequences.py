@@ -118,9 +118,7 @@ def _named(item: Any) -> tuple[str, str]:
         return "the sequence", "".join(item.split())
     if not isinstance(item, Record):
         if not isinstance(item, (str, bytes)):
-            raise DataError(
-                f"a sequence is text, bytes of FASTA or a Record, not {type(item).__name__}; give one of these"
-            )
+            raise DataError(f"a sequence is text, bytes of FASTA or a Record, not {type(item).__name__}; give one")
         records = parse_fasta(item.strip().encode() if isinstance(item, str) else item)
         if len(records) > 1:
             raise DataError(
@@ -222,8 +220,9 @@ class SequenceFrontEnd(FrontEnd):
 
         Args:
             letters: [B, L, channels], as `letters` gives them.
-            there: bool [B, L], False for padding, which is after a sequence's end.
+            there: bool [B, L], False for padding, which is after a sequence's end and is not looked at.
         """
+        letters = letters.masked_fill(~there[..., None], 0)  # a baseline of attribution may say more there
         if self.both_strands:
             letters = torch.cat([letters, reverse_complement(letters, there)])
             there = torch.cat([there, there])
