@@ -23,7 +23,7 @@ from fastenc.frontends import FrontEncoder, Items, make_loader
 from fastenc.frontends.sequences import SequenceFrontEnd, SequenceReader
 from fastenc.plots import save_figure
 
-TRAIN, VALIDATION, TEST = 4000, 500, 1500
+TRAIN, VALIDATION, TEST = 8000, 1000, 1500
 NAMES = (OURS, KMERS, KNOWN) = ("fastenc, motif scanner", "logistic regression, k-mers", "both matrices known")
 STEPS = 16  # of the integral
 PEAKS = 5  # positions of each promoter
@@ -31,7 +31,7 @@ SHIFT = 4  # letters by which a motif's place may be mended
 
 
 def main() -> None:
-    args = arguments("Motifs in promoters.", "motifs", epochs=20, seeds=3)
+    args = arguments("Motifs in promoters.", "motifs", epochs=10, seeds=3)
     areas: dict[str, list[float]] = {name: [] for name in NAMES}
     by_kind = {name: {kind: [] for kind in KINDS[1:]} for name in NAMES}
     hits: dict[str, list[float]] = {OURS: [], KMERS: [], "any position": []}
@@ -93,14 +93,14 @@ def codes(planted: Planted) -> torch.Tensor:
 def train_scanner(train: Planted, validation: Planted, epochs: int, seed: int) -> Classifier:
     """The model of the epoch that was best on the validation rows."""
     torch.manual_seed(seed)
-    front_end = SequenceFrontEnd("dna", filters=(32, 32), widths=(11, 11), pool=4)
-    model = Classifier(FrontEncoder(front_end, Encoder(front_end.out_features, (64, 16), dropout=0.2)), 2)
+    front_end = SequenceFrontEnd("dna", filters=(16, 32), widths=(11, 11), pool=4)
+    model = Classifier(FrontEncoder(front_end, Encoder(front_end.out_features, (32, 16), dropout=0.3)), 2)
     loaders = []
     for part, order in ((train, seed), (validation, None)):
         items = Items(SequenceReader("dna"), part.texts())
         target = torch.from_numpy((part.kinds == 0).astype(np.int64))
         loaders.append(make_loader(items, np.arange(len(items)), target, batch_size=64, seed=order))
-    trainer = Trainer(model, lr=3e-3, loss="cross_entropy", schedule="cosine", seed=seed)
+    trainer = Trainer(model, "adamw", 3e-3, "cross_entropy", weight_decay=0.1, schedule="one_cycle", seed=seed)
     best = EarlyStopping(patience=epochs)
     trainer.fit(loaders[0], epochs=epochs, validation_data=loaders[1], callbacks=[best], verbose=False)
     return model.eval()
@@ -118,10 +118,10 @@ class Words:
 
     def __init__(self, train: Planted, validation: Planted) -> None:
         self.area = 0.0
-        for k in (3, 4, 5, 6):
+        for k in (4, 5, 6, 7):
             counter = CountVectorizer(analyzer="char", ngram_range=(k, k), lowercase=False)
             x, y = counter.fit_transform(train.texts()), train.kinds == 0
-            for C in (0.003, 0.03, 0.3):
+            for C in (1e-4, 1e-3, 1e-2):
                 model = LogisticRegression(C=C, max_iter=1000).fit(x, y)
                 decision = model.decision_function(counter.transform(validation.texts()))
                 area = roc_auc_score(validation.kinds == 0, decision)
