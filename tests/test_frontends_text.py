@@ -81,7 +81,7 @@ def test_tokens_round_trip(reader, text, back):
 
 
 def test_known_words_are_single_tokens(reader):
-    assert len(reader.read("today people talked about rain")) == 5
+    assert len(reader.read("today people talked about some")) == 5
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t", b"", "\u3000"])
