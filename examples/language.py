@@ -91,7 +91,12 @@ def main() -> None:
     show(rank, "mean reciprocal rank of its paragraphs", args.out / "search.png")
     draw_map(vectors, parts[test], args.out / "map.png")
     rows = [
-        Row(f"accuracy, {LABELS_OF_EACH} labels of each class", np.mean(accuracy[TUNED]), TFIDF, np.mean(accuracy[TFIDF])),
+        Row(
+            f"accuracy, {LABELS_OF_EACH} labels of each class",
+            np.mean(accuracy[TUNED]),
+            TFIDF,
+            np.mean(accuracy[TFIDF]),
+        ),
         Row("search, mean reciprocal rank", np.mean(rank[BOTH]), TFIDF, np.mean(rank[TFIDF])),
     ]
     write_results(args.out, rows)

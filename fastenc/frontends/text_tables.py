@@ -105,7 +105,9 @@ def _only_sentences(path: Path, target: str | None) -> str:
     columns = _first_rows(path).items()
     found = [name for name, values in columns if name != target and holds_sentences(values)]
     if len(found) != 1:
-        what = f"several columns of sentences, {' and '.join(found)}" if found else "no column that is plainly sentences"
+        what = (
+            f"several columns of sentences, {' and '.join(found)}" if found else "no column that is plainly sentences"
+        )
         raise DataError(f"{path} has {what}; name the column of the texts, by --column or column=")
     return found[0]
 
