@@ -37,7 +37,7 @@ def parquet(path, **columns):
     [
         (TEXTS, True),
         (["今日は雨が降っています。", "我们昨天去了公园。", "วันนี้ฝนตกหนัก"], True),
-        (["Сегодня идёт дождь", "Мы говорили о погоде"], True),
+        (["Сегодня идёт дождь", "Мы говорили про погоду"], True),
         (["Jan 3 2020 10:00", "Feb 4 2021 11:30"], False),
         (["3 4 5 6 7", "1 2 3 4 5"], False),
         (["https://a.example/some/long/path", "https://b.example/the/other/one"], False),
