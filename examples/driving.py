@@ -98,7 +98,7 @@ def drive_table(readings: np.ndarray) -> Any:
 def windows(reader: SeriesReader, drives: world.Drives) -> Tensor:
     """Of each step, the standardised readings of the last WINDOW steps: [D, T - WINDOW + 1, WINDOW, C]."""
     read = np.stack([reader.read(readings) for readings in drives.readings])
-    return torch.from_numpy(sliding_window_view(read, WINDOW, axis=1).swapaxes(2, 3))
+    return torch.from_numpy(read).unfold(1, WINDOW, 1).mT
 
 
 def encoder(reader: SeriesReader, **options: Any) -> FrontEncoder:
@@ -132,7 +132,7 @@ def where_each(
     trainer.fit(loader(x, target, seed=seed), epochs=args.epochs, verbose=False)
 
     tested = windows(reader, drives)
-    found = trainer.predict(loader(tested.flatten(0, 1))).numpy() * deviation + mean
+    found = trainer.predict(loader(tested.flatten(0, 1))) * deviation + mean
     network = np.full(drives.state.shape, np.nan)
     network[:, WINDOW - 1 :] = np.column_stack(
         [found[:, :2], np.arctan2(found[:, 3], found[:, 2]), found[:, 4]]
@@ -223,7 +223,7 @@ def surprises(trainer: Trainer, reader: SeriesReader, x: Tensor) -> Tensor:
         own = torch.zeros(x.shape[2], dtype=torch.bool)
         own[channels] = True
         own = own.expand(BINS * 2, -1).flatten()
-        given = trainer.predict(loader(hidden))
+        given = torch.from_numpy(trainer.predict(loader(hidden)))
         found[:, own] = (given - summary).square().masked_fill(~seen, torch.nan)[:, own]
     return found
 

@@ -72,7 +72,7 @@ def test_channels_that_say_nothing():
     assert reader.deviation[2:].tolist() == [1.0, 1.0]
     read = reader.read(table)
     assert np.isnan(read[:, 2]).all()
-    assert np.abs(read[:, 3]).max() == 0.0
+    assert np.abs(read[:, 3]).max() <= 0.1 * np.finfo(np.float64).eps  # the rounding of the mean
 
 
 def test_every_kind_of_item_is_read_alike(tmp_path):
