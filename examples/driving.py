@@ -9,7 +9,7 @@ filter that this is compared with. Two models are learned on drives without faul
   car nor where the posts are, and knows nothing of what was before, which the filter does.
 - faults: an AutoEncoder gives the summary of all sensors, of which some are hidden while it learns. A reading that
   differs from what the other sensors tell is an anomaly. The filter's score is its normalised innovation squared (NIS),
-  the mean of the same two seconds.
+  the mean of the same two seconds, in which an outlier counts no more than what the filter's gate lets pass.
 """
 
 from __future__ import annotations

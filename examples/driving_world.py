@@ -177,7 +177,10 @@ class KalmanFilter:
         self._refusing = np.zeros(len(state))
 
     def step(self, readings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Predict and correct by readings [D, 34]. Returns the sum of n^2 / S, and how many there were, [D] each."""
+        """Predict and correct by readings [D, 34]. Returns the sum of n^2 / S and how many there were, [D] each.
+
+        In the sum each counts no more than GATE: one echo would drown all else.
+        """
         self._predict(readings[:, :2])
         total, count, refused = (np.zeros(len(readings)) for _ in range(3))
         for post in range(POSTS):
@@ -185,7 +188,8 @@ class KalmanFilter:
                 seen = ~np.isnan(reading)
                 if seen.any():
                     squares = self._correct(post, np.where(seen, reading, 0.0), seen, is_range)
-                    total, count, refused = total + squares, count + seen, refused + (squares > self.GATE)
+                    total, count = total + np.minimum(squares, self.GATE), count + seen
+                    refused += squares > self.GATE
         self._refusing = np.where(count == 0, self._refusing, np.where(refused > count / 2, self._refusing + 1, 0))
         lost = self._refusing * STEP >= 1.0
         self.covariance[lost] += np.diag(np.square(self.LOST))

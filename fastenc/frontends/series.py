@@ -214,8 +214,9 @@ class SeriesFrontEnd(FrontEnd):
     ) -> None:
         super().__init__()
         self.sensors = [list(channels) for channels in sensors]
-        self.channels = sum(map(len, self.sensors))
-        if not self.channels or sorted(sum(self.sensors, [])) != list(range(self.channels)):
+        numbers = sorted(channel for channels in self.sensors for channel in channels)
+        self.channels = len(numbers)
+        if not numbers or numbers != list(range(len(numbers))):
             raise ValueError(f"sensors is {self.sensors}; give each channel, counted from 0, to one sensor")
         if min(width, kernel, depth, bins) < 1 or kernel % 2 == 0 or recurrent < 0:
             raise ValueError(
