@@ -80,9 +80,9 @@ def main() -> None:
 def arguments() -> Any:
     parser = argparse.ArgumentParser(description="Place and faults from camera, lidar and inertial readings.")
     parser.add_argument("--out", type=Path, default=Path("out/driving"), help="folder for the pictures (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=25, help="passes over the training windows (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=15, help="passes over the training windows (%(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="how often, each from other drives (%(default)s)")
-    parser.add_argument("--drives", type=int, default=120, help="to learn from; a quarter more to score (%(default)s)")
+    parser.add_argument("--drives", type=int, default=80, help="to learn from; a quarter more to score (%(default)s)")
     found = parser.parse_args()
     found.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

@@ -121,13 +121,14 @@ def _drive(random: np.random.Generator, drives: int, steps: int) -> tuple[np.nda
 
 
 def _fault_times(random: np.random.Generator, drives: int, steps: int, faults: int) -> np.ndarray:
-    """[D, T]: each fault at a random time of its own share of the drive, not at its beginning."""
+    """[D, T]: each fault at a random time of its own share of the drive, not at its beginning; each kind as often."""
     kinds = np.full((drives, steps), -1)
+    kind = random.permutation(np.arange(drives * faults) % len(FAULTS)).reshape(drives, faults)
     length, share = round(FAULT_LENGTH / STEP), steps // max(faults, 1)
     for drive in range(drives):
         for fault in range(faults):
             start = fault * share + random.integers(length, share - length)
-            kinds[drive, start : start + length] = random.integers(len(FAULTS))
+            kinds[drive, start : start + length] = kind[drive, fault]
     return kinds
 
 

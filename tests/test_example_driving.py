@@ -25,7 +25,7 @@ def row(output, name):
 
 
 def test_driving(tmp_path):
-    output, files = compare("driving.py", tmp_path, "--epochs", 4, "--drives", 24)
+    output, files = compare("driving.py", tmp_path, "--epochs", 3, "--drives", 16)
     assert files == ["faults.png", "results.json", "track.png"]
     network, known = row(output, "network, 2 s"), row(output, "filter, start known")
     assert network[0] < 25  # who knows the middle of the drives alone is 62 m off
