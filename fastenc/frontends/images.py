@@ -172,8 +172,8 @@ def _unit_values(image: Any) -> np.ndarray:
 class ConvStem(FrontEnd):
     """Convolutions of 3 x 3 with ReLU, then the mean over each cell of a grid over the image: any size to one size.
 
-    `[B, in_channels, H, W]` in 0 to 1, NaN where a row has no pixel -> `[B, channels[-1] * grid**2]`. Behind each
-    convolution what lies outside a row's own image is set to zero, and the grid covers that image alone, by the cells of
+    `[B, in_channels, H, W]` in 0 to 1, NaN where a row has no pixel -> `[B, channels[-1] * grid**2]`. Behind
+    each convolution what lies outside a row's own image is set to zero, and the grid covers that image alone, by cells of
     `F.adaptive_avg_pool2d`; so padding changes nothing, and there is no normalisation over a batch. A missing pixel
     inside an image counts as middle grey, and not in the means.
 
@@ -199,7 +199,9 @@ class ConvStem(FrontEnd):
         super().__init__()
         channels, strides = tuple(channels), tuple(strides)
         if not channels or len(channels) != len(strides):
-            raise ValueError(f"there are {len(channels)} channels and {len(strides)} strides; give each convolution both")
+            raise ValueError(
+                f"there are {len(channels)} channels and {len(strides)} strides; give each convolution both"
+            )
         if min(in_channels, grid, *channels, *strides) < 1:
             raise ValueError("in_channels, channels, strides and grid must all be at least 1")
         self.in_channels, self.channels, self.strides, self.grid = in_channels, channels, strides, grid
