@@ -3,10 +3,10 @@
     python examples/super_resolution.py      # half a minute; the picture goes to out/super_resolution
 
 scikit-learn's two bundled photographs. The left two thirds of the temple are trained on; its right third and the
-flower, which is another photograph, are scored. Each is first made half as large (bicubic, anti-aliased, rounded to 8 bits),
-and is then to be made what it was. Only its luma is learned, as usual since Dong et al. (arXiv:1501.00092), the colours
-are bicubic. For each small pixel the model sees the 9 x 9 around it and says what bicubic misses in the 2 x 2 pixels
-that it becomes.
+flower, which is another photograph, are scored. Each is first made half as large (bicubic, anti-aliased, rounded to 8
+bits), and is then to be made what it was. Only its luma is learned, as usual since Dong et al. (arXiv:1501.00092); the
+colours are bicubic. For each small pixel the model sees the 9 x 9 around it and says what bicubic misses in the 2 x 2
+pixels that it becomes.
 """
 
 from __future__ import annotations

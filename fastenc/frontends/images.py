@@ -173,9 +173,9 @@ class ConvStem(FrontEnd):
     """Convolutions of 3 x 3 with ReLU, then the mean over each cell of a grid over the image: any size to one size.
 
     `[B, in_channels, H, W]` in 0 to 1, NaN where a row has no pixel -> `[B, channels[-1] * grid**2]`. Behind
-    each convolution what lies outside a row's own image is set to zero, and the grid covers that image alone, by cells of
-    `F.adaptive_avg_pool2d`; so padding changes nothing, and there is no normalisation over a batch. A missing pixel
-    inside an image counts as middle grey, and not in the means.
+    each convolution what lies outside a row's own image is set to zero, and the grid covers that image alone, by the
+    cells of `F.adaptive_avg_pool2d`; so padding changes nothing, and there is no normalisation over a batch. A missing
+    pixel inside an image counts as middle grey, and not in the means.
 
     Args:
         in_channels: 1 or 3, as the reader's `channels`.
