@@ -193,10 +193,13 @@ def test_bad_options():
 
 
 def png_of_size(width, height):
-    """The beginning of a PNG that says it is so large, and nothing behind it."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    ends = [len(header) - 4, zlib.crc32(header)]
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", ends[0]) + header + struct.pack(">I", ends[1])
+    """A PNG that says it is so large, and whose pixels end after a few bytes."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99)))
 
 
 def test_each_bad_file_is_one_sentence_with_its_name_and_the_cure(tmp_path):
