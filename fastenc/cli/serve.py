@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import torch
@@ -51,14 +53,16 @@ def serve(
     under way be answered first. A new model in DIR is served after a restart. docs/serving.md says what is sent.
     """
     check_access(host, token)
-    signal.signal(signal.SIGTERM, stop)  # uvicorn raises it again when all is answered
     if threads is not None:
         torch.set_num_threads(threads)
     hosts = () if token is not None else tuple(dict.fromkeys(("127.0.0.1", "localhost", "::1", host.lower())))
-    saved = SavedModel(folder)
-    app = make_app(saved, Settings(token, max_rows, max_bytes, batch_rows, wait_ms, queue, hosts))
-    server = make_server(app)
+    with ending_by_sigterm():
+        run(SavedModel(folder), host, port, Settings(token, max_rows, max_bytes, batch_rows, wait_ms, queue, hosts))
+
+
+def run(saved: SavedModel, host: str, port: int, settings: Settings) -> None:
     with listen(host, port) as listening:
+        server = make_server(make_app(saved, settings))
         typer.echo(f"serving {type(saved.model).__name__} on {address(listening)} (Ctrl-C stops it)")
         server.run(sockets=[listening])
 
@@ -73,9 +77,20 @@ def check_access(host: str, token: str | None) -> None:
             )
     elif len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise DataError(
-            f"the token must be {SHORTEST_TOKEN} or more letters, digits and signs without spaces; make one by {MAKE_TOKEN}"
+            f"the token must be {SHORTEST_TOKEN} or more letters, digits and signs without spaces; make one by "
+            f"{MAKE_TOKEN}"
         )
 
 
-def stop(signal_number: int, frame: Any) -> NoReturn:
-    raise SystemExit(0)
+@contextmanager
+def ending_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the program as if it were done: uvicorn raises it again when all requests are answered."""
+
+    def end(signal_number: int, frame: Any) -> NoReturn:
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

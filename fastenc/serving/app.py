@@ -50,7 +50,7 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
     from starlette.responses import HTMLResponse, JSONResponse, Response
 
     served = ServedModel(saved)
-    metrics = Metrics(lambda: batcher.waiting)
+    metrics = Metrics(lambda: batcher.waiting, lambda: batcher.entered)
     batcher = Batcher(
         served.encode,
         batch_rows=settings.batch_rows,

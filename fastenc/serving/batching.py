@@ -68,6 +68,11 @@ class Batcher:
         return len(self._jobs)
 
     @property
+    def entered(self) -> int:
+        """How many requests are in the server."""
+        return self._entered
+
+    @property
     def closed(self) -> bool:
         return self._closed
 
@@ -131,7 +136,7 @@ class Batcher:
                 if left <= 0 or sum(job.count for job in self._jobs) >= self._batch_rows:
                     break
                 self._change.wait(left)
-            jobs, rows = [self._jobs.popleft()], 0
+            jobs = [self._jobs.popleft()]
             rows = jobs[0].count
             while self._jobs and rows + self._jobs[0].count <= self._batch_rows:
                 jobs.append(self._jobs.popleft())

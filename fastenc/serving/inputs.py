@@ -19,6 +19,7 @@ from .served import TEXT_KINDS, Inputs, ServedModel
 from .settings import Refused, Settings
 
 NAME_LENGTH = 100  # letters of a file's name that are kept
+TOO_LARGE = "a number is too large for float64; correct it"
 
 
 def from_json(body: bytes, served: ServedModel, settings: Settings) -> Inputs:
@@ -149,7 +150,10 @@ def _array(rows: list[list[Any]], served: ServedModel) -> Any:
         for column, value in enumerate(row):
             if not (value is None or isinstance(value, (int, float))):
                 raise DataError(f"value {column} of row {number}, counted from 0, is no number; correct it")
-    return np.array([[np.nan if value is None else float(value) for value in row] for row in rows])
+    try:
+        return np.array([[np.nan if value is None else float(value) for value in row] for row in rows])
+    except OverflowError as error:
+        raise DataError(f"the rows: {TOO_LARGE}") from error
 
 
 def _from_table(path: Path, shown: str, served: ServedModel, settings: Settings) -> Inputs:
@@ -167,7 +171,7 @@ def _prepared(shown: str, features: Any, served: ServedModel) -> Inputs:
     try:
         prepared = served.saved.prepare(shown, features)
     except OverflowError as error:
-        raise DataError(f"{shown}: a number is too large for float64; correct it") from error
+        raise DataError(f"{shown}: {TOO_LARGE}") from error
     return Inputs(
         prepared.x,
         source_rows=prepared.rows if prepared.dropped else None,

@@ -16,9 +16,10 @@ class Metrics:
 
     Args:
         waiting: how many requests wait for the model.
+        inside: how many are in the server, from their head to their answer.
     """
 
-    def __init__(self, waiting: Callable[[], float]) -> None:
+    def __init__(self, waiting: Callable[[], float], inside: Callable[[], float]) -> None:
         client = require("prometheus_client", "counting requests", "serve")
         self._client = client
         self._registry = client.CollectorRegistry()
@@ -34,7 +35,11 @@ class Metrics:
         self._model_seconds = client.Histogram(
             "fastenc_model_seconds", "Seconds of a call of the model.", buckets=SECONDS, **registry
         )
-        client.Gauge("fastenc_queue_requests", "Requests that wait for the model.", **registry).set_function(waiting)
+        for name, what, count in (
+            ("fastenc_queue_requests", "Requests that wait for the model.", waiting),
+            ("fastenc_inside_requests", "Requests to encode, from their head to their answer.", inside),
+        ):
+            client.Gauge(name, what, **registry).set_function(count)
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         self._requests.labels(path, str(status)).inc()
