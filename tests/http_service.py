@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import fastenc
 from fastenc.data import DataError, Preprocessor
-from fastenc.frontends import Collection, FrontEnd, Reader
+from fastenc.frontends import Collection, FrontEncoder, FrontEnd, Reader
 from fastenc.serving import Settings, listen, make_app, make_server
 from fastenc.serving.server import address
 
@@ -119,9 +119,9 @@ class LinesReader(NumbersReader):
         return np.array([ord(letter) for letter in str(item)], np.float32)
 
 
-def integer_model() -> fastenc.FrontEncoder:
+def integer_model() -> FrontEncoder:
     """Whose sums of small whole numbers are exact in float32, whatever their order."""
-    model = fastenc.FrontEncoder(Numbers(), fastenc.Encoder(3, (4,), activation="identity"))
+    model = FrontEncoder(Numbers(), fastenc.Encoder(3, (4,), activation="identity"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape) - 2)

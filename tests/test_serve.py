@@ -97,7 +97,9 @@ def as_bytes(save, *arguments, **options):
 
 
 def records(frame):
-    return [{name: None if pd.isna(value) else value for name, value in row.items()} for row in frame.to_dict("records")]
+    return [
+        {name: None if pd.isna(value) else value for name, value in row.items()} for row in frame.to_dict("records")
+    ]
 
 
 def test_rows_and_files_give_what_the_model_gives(saved, client):
@@ -420,7 +422,7 @@ def test_metrics(saved):
 def test_the_token(saved):
     body = {"rows": [[1, "red", 2]]}
     with serving(saved, token=TOKEN) as client:
-        for headers in ({}, {"Authorization": TOKEN}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}):
+        for headers in ({}, {"Authorization": TOKEN}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}):
             response = client.post("encode", json=body, headers=headers)
             assert "Bearer TOKEN" in refusal(response, 401)
             assert response.headers["WWW-Authenticate"] == "Bearer"

@@ -174,7 +174,7 @@ def test_joined_rows_give_what_they_give_alone(tmp_path, widths):
     worst.check()
 
 
-def test_joined_items_give_what_they_give_alone_to_the_bit(tmp_path, monkeypatch):
+def test_joined_items_give_what_they_give_alone_to_the_bit():
     """Of whole numbers, whose sums are exact: so none is lost, doubled or given to another."""
     generator = np.random.default_rng(0)
     arrays = [generator.integers(-9, 9, generator.integers(1, 30)).astype(np.float32) for _ in range(3 * ITEMS_AT_ONCE)]

@@ -47,7 +47,9 @@ def test_sigterm_lets_requests_under_way_be_answered_and_a_restart_changes_nothi
         # One request has come half, and its rest follows when the server is told to stop and takes no more.
         body = b'{"rows": [[40.0, "red", 170.0], [20.0, "blue", 150.5]]}'
         half = connect(url)
-        head = f"POST /encode HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = (
+            f"POST /encode HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
         half.sendall(head.encode() + b"\r\n\r\n" + body[:10])
         idle = connect(url)
         wait_until(lambda: "fastenc_inside_requests 1.0" in httpx.get(f"{url}metrics", trust_env=False).text, "not in")
@@ -173,9 +175,7 @@ def test_the_examples_of_the_docs(folder, tmp_path):
     if shutil.which("curl") is None:
         pytest.skip("the examples are of curl, which is not installed")
     text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
-    commands = [
-        block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if block.startswith("curl")
-    ]
+    commands = [block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if block.startswith("curl")]
     assert len(commands) == 5
     people().to_csv(tmp_path / "people.csv", index=False)
     with started(folder, FASTENC_TOKEN=TOKEN) as (_, url):
@@ -183,8 +183,12 @@ def test_the_examples_of_the_docs(folder, tmp_path):
         for command in commands:
             command = command.replace("http://127.0.0.1:8000/", url)
             done = subprocess.run(
-                ["sh", "-ec", command], cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "FASTENC_TOKEN": TOKEN},
-                capture_output=True, text=True, timeout=60,
+                ["sh", "-ec", command],
+                cwd=tmp_path,
+                env={"PATH": "/usr/bin:/bin", "FASTENC_TOKEN": TOKEN},
+                capture_output=True,
+                text=True,
+                timeout=60,
             )
             assert done.returncode == 0, done.stderr
             outputs.append(done.stdout)

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 
 from .served import Inputs
-from .settings import Refused
+from .settings import RefusedError
 
 
 def to_json(inputs: Inputs, vectors: np.ndarray, with_map: bool) -> bytes:
     """The answer to a request; `vectors` are float32 `[rows, width]`.
 
     Raises:
-        Refused: a vector has NaN or Inf, which JSON does not know.
+        RefusedError: a vector has NaN or Inf, which JSON does not know.
     """
     finite = np.isfinite(vectors).all(1)
     if not finite.all():
         row = int(np.argmin(finite))
         row = row if inputs.source_rows is None else int(inputs.source_rows[row])
-        raise Refused(422, f"the vector of row {row}, counted from 0, overflows; correct the values of that row")
+        raise RefusedError(422, f"the vector of row {row}, counted from 0, overflows; correct the values of that row")
     answer: dict[str, Any] = {"vectors": vectors.tolist(), "rows": vectors.shape[0], "width": vectors.shape[1]}
     if inputs.names is not None:
         answer["names"] = list(inputs.names)

@@ -17,7 +17,7 @@ from .inputs import from_files, from_json
 from .metrics import Metrics
 from .page import load_page
 from .served import ServedModel
-from .settings import Refused, Settings
+from .settings import RefusedError, Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -67,7 +67,7 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
 
     app = FastAPI(title="fastenc", version=__version__, openapi_url=None, lifespan=lifespan)
 
-    def refuse(refused: Refused) -> JSONResponse:
+    def refuse(refused: RefusedError) -> JSONResponse:
         return JSONResponse({"error": str(refused)}, refused.status, refused.headers)
 
     app.add_middleware(Guard, settings=settings, metrics=metrics, refuse=refuse)
@@ -76,7 +76,7 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
         return refuse(error)
 
     async def on_data_error(request: Request, error: Any) -> Response:
-        return refuse(Refused(422, str(error)))
+        return refuse(RefusedError(422, str(error)))
 
     async def on_http_error(request: Request, error: Any) -> Response:
         sentence = SENTENCES.get(error.status_code, str(error.detail))
@@ -84,12 +84,13 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
 
     async def on_bad_query(request: Request, error: Any) -> Response:
         first = error.errors()[0]
-        return refuse(Refused(422, f"{first['loc'][-1]} in the address: {first['msg']}"))
+        return refuse(RefusedError(422, f"{first['loc'][-1]} in the address: {first['msg']}"))
 
     async def on_other(request: Request, error: Any) -> Response:
-        return refuse(Refused(500, "an error within the server; its log says more"))
+        # uvicorn closes the connection after it, so clients should know.
+        return refuse(RefusedError(500, "an error within the server; its log says more", {"Connection": "close"}))
 
-    app.add_exception_handler(Refused, on_refused)
+    app.add_exception_handler(RefusedError, on_refused)
     app.add_exception_handler(DataError, on_data_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_bad_query)
@@ -116,11 +117,11 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
         """Whether the body is a form, its bytes, and what is in it."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in ("application/json", "multipart/form-data"):
-            raise Refused(
+            raise RefusedError(
                 415, "send JSON with Content-Type: application/json, or files as a form, as curl -F file=@data.csv does"
             )
         if request.headers.get("content-encoding", "identity").lower() != "identity":
-            raise Refused(415, "send the body as it is, without Content-Encoding")
+            raise RefusedError(415, "send the body as it is, without Content-Encoding")
         request, size = limited(request)
         if kind == "application/json":
             return False, size(), await request.body()
@@ -130,7 +131,7 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
 
     def limited(request: Request) -> tuple[Request, Any]:
         """The same request, whose body breaks off at the limit, and a function that tells how much has come."""
-        too_large = Refused(413, f"the body is larger than {settings.max_bytes} bytes; send fewer rows at once")
+        too_large = RefusedError(413, f"the body is larger than {settings.max_bytes} bytes; send fewer rows at once")
         stated = request.headers.get("content-length", "0")
         if stated.isdecimal() and int(stated) > settings.max_bytes:
             raise too_large
@@ -151,7 +152,7 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
             with anyio.fail_after(READ_SECONDS):
                 is_form, size, body = await read(request)
         except TimeoutError:
-            raise Refused(408, f"the body did not come within {READ_SECONDS} seconds; send it again") from None
+            raise RefusedError(408, f"the body did not come within {READ_SECONDS} seconds; send it again") from None
 
         # To another thread where it takes long: the server goes on reading and answering other requests meanwhile.
         async def call(function: Any, *arguments: Any, small: bool) -> Any:
@@ -168,9 +169,9 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
             with batcher.enter():
                 return Response(await answer(request, with_map), media_type="application/json")
         except FullError:
-            raise Refused(503, f"{settings.queue} requests are being answered; try again later", RETRY) from None
+            raise RefusedError(503, f"{settings.queue} requests are being answered; try again later", RETRY) from None
         except ClosedError:
-            raise Refused(503, "the server is about to stop; try again later", RETRY) from None
+            raise RefusedError(503, "the server is about to stop; try again later", RETRY) from None
         except ClientDisconnect:
             return Response(status_code=400)  # which nobody reads
 

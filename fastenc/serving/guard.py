@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from .metrics import Metrics
-from .settings import Refused, Settings
+from .settings import RefusedError, Settings
 
 PATHS = ("/", "/encode", "/health", "/metrics")
 OPEN = ("/", "/health")  # without a token: the page holds nothing, and health tells little to those who have none
@@ -32,7 +32,7 @@ class Guard:
         app: what it stands before.
         settings: token and hosts.
         metrics: counts each request.
-        refuse: a Refused -> the ASGI application that answers so.
+        refuse: a RefusedError -> the ASGI application that answers so.
     """
 
     def __init__(self, app: Any, settings: Settings, metrics: Metrics, refuse: Any) -> None:
@@ -55,7 +55,7 @@ class Guard:
             app = self._app
             try:
                 self._check(scope)
-            except Refused as refused:
+            except RefusedError as refused:
                 app = self._refuse(refused)
             await app(scope, receive, sending)
         finally:
@@ -66,11 +66,11 @@ class Guard:
         headers = dict(scope["headers"])
         if self._settings.hosts and host_name(headers.get(b"host", b"").decode("latin-1")) not in self._settings.hosts:
             # A page elsewhere can give its own name this machine's address, and would then read what is answered.
-            raise Refused(
+            raise RefusedError(
                 400, f"the Host header must name {' or '.join(self._settings.hosts)}, as this server has no token"
             )
         if scope["path"] not in OPEN and not authorized(headers, self._settings):
-            raise Refused(
+            raise RefusedError(
                 401, "give the token of this server, as Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
             )
 

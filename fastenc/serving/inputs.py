@@ -16,7 +16,7 @@ from ..data import DataError, load
 from ..data.extras import require
 from ..data.tables import ParquetTables
 from .served import TEXT_KINDS, Inputs, ServedModel
-from .settings import Refused, Settings
+from .settings import RefusedError, Settings
 
 NAME_LENGTH = 100  # letters of a file's name that are kept
 TOO_LARGE = "a number is too large for float64; correct it"
@@ -26,18 +26,18 @@ def from_json(body: bytes, served: ServedModel, settings: Settings) -> Inputs:
     """`{"rows": [...]}` or `{"texts": [...]}`.
 
     Raises:
-        Refused, DataError: it is not that, or the model cannot take it.
+        RefusedError, DataError: it is not that, or the model cannot take it.
     """
     try:
         sent = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is not JSON: {str(error).splitlines()[0]}") from error
+        raise RefusedError(400, f"the body is not JSON: {str(error).splitlines()[0]}") from error
     asked = [key for key in ("rows", "texts") if isinstance(sent, dict) and key in sent]
     if len(asked) != 1:
-        raise Refused(422, 'send one JSON object with either "rows" or "texts" in it')
+        raise RefusedError(422, 'send one JSON object with either "rows" or "texts" in it')
     values = sent[asked[0]]
     if not isinstance(values, list) or not values:
-        raise Refused(422, f'"{asked[0]}" must be a list with at least one entry')
+        raise RefusedError(422, f'"{asked[0]}" must be a list with at least one entry')
     check_count(len(values), settings)
     return _from_texts(values, served) if asked == ["texts"] else _from_rows(values, served)
 
@@ -46,24 +46,26 @@ def from_files(files: Sequence[tuple[str, bytes]], served: ServedModel, settings
     """Uploaded files, each as its name and what is in it: a table, or the items that a Reader finds in them.
 
     Raises:
-        Refused, DataError: as `from_json`.
+        RefusedError, DataError: as `from_json`.
     """
     if not files:
-        raise Refused(422, "there is no file in the form; send one, as curl -F file=@data.csv does")
+        raise RefusedError(422, "there is no file in the form; send one, as curl -F file=@data.csv does")
     if served.reader is None and len(files) > 1:
-        raise Refused(422, f"there are {len(files)} files and this model takes one table at a time; send one of them")
+        raise RefusedError(422, f"there are {len(files)} files and this model takes one table at a time; send one")
     with tempfile.TemporaryDirectory(prefix="fastenc-") as folder:
         paths: list[tuple[Path, str]] = []
         for number, (name, content) in enumerate(files):
             shown = shown_name(name)
             suffix = Path(shown).suffix.lower()
             if suffix not in served.endings:
-                raise Refused(415, f"{shown} does not end in {' or '.join(served.endings)}, which this model takes")
+                raise RefusedError(415, f"{shown} does not end in {' or '.join(served.endings)}, as this model needs")
             # Under a name of our own: that of the client decides nothing but the ending.
             path = Path(folder) / f"{number}{suffix}"
             path.write_bytes(content)
             paths.append((path, shown))
-        return _from_table(*paths[0], served, settings) if served.reader is None else _from_items(paths, served, settings)
+        return (
+            _from_table(*paths[0], served, settings) if served.reader is None else _from_items(paths, served, settings)
+        )
 
 
 def shown_name(name: str) -> str:
@@ -74,7 +76,7 @@ def shown_name(name: str) -> str:
 
 def check_count(rows: int, settings: Settings) -> None:
     if rows > settings.max_rows:
-        raise Refused(413, f"the request has {rows} rows and this server takes {settings.max_rows} at once; send fewer")
+        raise RefusedError(413, f"there are {rows} rows and this server takes {settings.max_rows} at once; send fewer")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -84,10 +86,10 @@ def _refuse_constant(name: str) -> NoReturn:
 def _from_texts(texts: list[Any], served: ServedModel) -> Inputs:
     if served.reader is None or served.kind not in TEXT_KINDS:
         what = '"rows"' if served.reader is None else f"files in {', '.join(served.endings)}"
-        raise Refused(422, f"this model takes no texts; send {what}")
+        raise RefusedError(422, f"this model takes no texts; send {what}")
     for number, text in enumerate(texts):
         if not isinstance(text, str):
-            raise Refused(422, f'entry {number} of "texts", counted from 0, is no text; put it in quotes')
+            raise RefusedError(422, f'entry {number} of "texts", counted from 0, is no text; put it in quotes')
     arrays = []
     for number, text in enumerate(texts):
         try:
@@ -100,16 +102,13 @@ def _from_texts(texts: list[Any], served: ServedModel) -> Inputs:
 def _from_rows(rows: list[Any], served: ServedModel) -> Inputs:
     if served.reader is not None:
         what = '"texts" or files' if served.kind in TEXT_KINDS else "files"
-        raise Refused(422, f"this model takes no rows; send {what} in {', '.join(served.endings)}")
+        raise RefusedError(422, f"this model takes no rows; send {what} in {', '.join(served.endings)}")
     kind = type(rows[0])
     for number, row in enumerate(rows):
         if type(row) is not kind or kind not in (list, dict):
-            raise Refused(422, f'row {number}, counted from 0, must be a list of values{_or_object(served)}, as all others')
+            what = "a list of values" if served.columns is None else "a list of values or an object"
+            raise RefusedError(422, f"row {number}, counted from 0, must be {what}, as all others")
     return _prepared("the rows", _table(rows, served) if kind is dict else _array(rows, served), served)
-
-
-def _or_object(served: ServedModel) -> str:
-    return "" if served.columns is None else " or an object"
 
 
 def _table(rows: list[dict[str, Any]], served: ServedModel) -> Any:

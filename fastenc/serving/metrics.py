@@ -31,7 +31,9 @@ class Metrics:
             "fastenc_request_seconds", "From a request's head to its answer.", ["path"], buckets=SECONDS, **registry
         )
         self._rows = client.Counter("fastenc_rows", "Rows turned into vectors.", **registry)
-        self._batch_rows = client.Histogram("fastenc_batch_rows", "Rows in a call of the model.", buckets=ROWS, **registry)
+        self._batch_rows = client.Histogram(
+            "fastenc_batch_rows", "Rows in a call of the model.", buckets=ROWS, **registry
+        )
         self._model_seconds = client.Histogram(
             "fastenc_model_seconds", "Seconds of a call of the model.", buckets=SECONDS, **registry
         )

@@ -36,7 +36,9 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise DataError(f"{host}, port {port}, cannot be listened on ({reason}); give another --host or --port") from error
+        raise DataError(
+            f"{host}, port {port}, cannot be listened on ({reason}); give another --host or --port"
+        ) from error
 
 
 def address(listening: socket.socket) -> str:

@@ -29,7 +29,7 @@ class Settings:
     hosts: tuple[str, ...] = ()
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A request that is answered by an error: a status of HTTP, one sentence, and maybe headers."""
 
     def __init__(self, status: int, sentence: str, headers: Mapping[str, str] | None = None) -> None:
