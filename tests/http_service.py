@@ -111,7 +111,7 @@ class LinesReader(NumbersReader):
         lines = path.read_text().splitlines()
         if not lines:
             raise DataError(f"{path} is empty; write some lines")
-        return Collection(cls.kind, str(path), lines, [f"{path.name}, line {number}" for number in range(len(lines))])
+        return Collection(cls.kind, str(path), lines, [f"line {number}" for number in range(len(lines))])
 
     def read(self, item: object) -> np.ndarray:
         if not item:

@@ -198,7 +198,10 @@ def test_texts_and_files_of_several_items(tmp_path, known_kinds):
         np.testing.assert_array_equal(vectors(client.post("encode", json={"texts": texts})), expected)
         answer = upload(client, "some.txt", "\n".join(texts))
         np.testing.assert_array_equal(vectors(answer), expected)
-        assert answer.json()["names"][2] == "some.txt, line 2"
+        assert answer.json()["names"] == ["line 0", "line 1", "line 2"]
+        two = client.post("encode", files=[("file", ("a.txt", "ab\nc")), ("file", ("b.txt", "abcd"))])
+        np.testing.assert_array_equal(vectors(two), expected)
+        assert two.json()["names"] == ["a.txt, line 0", "a.txt, line 1", "b.txt, line 0"]
         assert "entry 1" in refusal(client.post("encode", json={"texts": ["a", 3]}), 422)
         assert "entry 1" in refusal(client.post("encode", json={"texts": ["a", ""]}), 422)
         assert refusal(upload(client, "none.txt", ""), 422) == "none.txt is empty; write some lines"

@@ -113,8 +113,8 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
     async def show_metrics() -> Response:
         return Response(metrics.text(), media_type=metrics.content_type)
 
-    async def read(request: Request) -> tuple[bool, int, Any]:
-        """Whether the body is a form, its bytes, and what is in it."""
+    async def read(request: Request) -> bytes | list[tuple[str, bytes]]:
+        """A body of JSON, or the files of a form, each as its name and what is in it."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind not in ("application/json", "multipart/form-data"):
             raise RefusedError(
@@ -122,15 +122,15 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
             )
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise RefusedError(415, "send the body as it is, without Content-Encoding")
-        request, size = limited(request)
+        request = limited(request)
         if kind == "application/json":
-            return False, size(), await request.body()
+            return await request.body()
         async with request.form(max_files=settings.max_rows) as form:
             files = [value for _, value in form.multi_items() if not isinstance(value, str)]
-            return True, size(), [(file.filename or "", await file.read()) for file in files]
+            return [(file.filename or "", await file.read()) for file in files]
 
-    def limited(request: Request) -> tuple[Request, Any]:
-        """The same request, whose body breaks off at the limit, and a function that tells how much has come."""
+    def limited(request: Request) -> Request:
+        """The same request, whose body breaks off at the limit."""
         too_large = RefusedError(413, f"the body is larger than {settings.max_bytes} bytes; send fewer rows at once")
         stated = request.headers.get("content-length", "0")
         if stated.isdecimal() and int(stated) > settings.max_bytes:
@@ -145,12 +145,12 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
                 raise too_large
             return message
 
-        return Request(request.scope, receive), lambda: size
+        return Request(request.scope, receive)
 
     async def answer(request: Request, with_map: bool) -> bytes:
         try:
             with anyio.fail_after(READ_SECONDS):
-                is_form, size, body = await read(request)
+                body = await read(request)
         except TimeoutError:
             raise RefusedError(408, f"the body did not come within {READ_SECONDS} seconds; send it again") from None
 
@@ -158,8 +158,9 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
         async def call(function: Any, *arguments: Any, small: bool) -> Any:
             return function(*arguments) if small else await run_in_threadpool(function, *arguments)
 
-        small = size <= SMALL and served.reader is None
-        inputs = await call(from_files if is_form else from_json, body, served, settings, small=small)
+        parse = from_json if isinstance(body, bytes) else from_files
+        size = len(body) if isinstance(body, bytes) else sum(len(content) for _, content in body)
+        inputs = await call(parse, body, served, settings, small=size <= SMALL and served.reader is None)
         vectors = await asyncio.wrap_future(batcher.submit(inputs.rows, len(inputs)))
         return await call(to_json, inputs, vectors, with_map, small=vectors.nbytes <= SMALL)
 

@@ -56,11 +56,11 @@ def from_files(files: Sequence[tuple[str, bytes]], served: ServedModel, settings
         paths: list[tuple[Path, str]] = []
         for number, (name, content) in enumerate(files):
             shown = shown_name(name)
-            suffix = Path(shown).suffix.lower()
-            if suffix not in served.endings:
+            ending = next((each for each in served.endings if shown.lower().endswith(each)), None)
+            if ending is None:
                 raise RefusedError(415, f"{shown} does not end in {' or '.join(served.endings)}, as this model needs")
             # Under a name of our own: that of the client decides nothing but the ending.
-            path = Path(folder) / f"{number}{suffix}"
+            path = Path(folder) / f"{number}{ending}"
             path.write_bytes(content)
             paths.append((path, shown))
         return (
@@ -117,7 +117,8 @@ def _table(rows: list[dict[str, Any]], served: ServedModel) -> Any:
         raise DataError(f"this model knows no names of columns; send each row as a list of {served.numbers} numbers")
     names = set(rows[0])
     for number, row in enumerate(rows):
-        for name in names ^ set(row):
+        if odd := names ^ set(row):
+            name = min(odd)
             has, lacks = (number, 0) if name in row else (0, number)
             raise DataError(
                 f"row {has} has {name!r} and row {lacks} has not, counted from 0; give all rows the same names, and "
@@ -189,8 +190,13 @@ def _from_items(paths: Sequence[tuple[Path, str]], served: ServedModel, settings
             found = reader.collect(path)
             check_count(len(arrays) + len(found), settings)
             arrays += [reader.read(item) for item in found.items]
-        names += [shown if name == path.name else name.replace(path.name, shown) for name in found.names]
+        names += [_name(name.replace(path.name, shown), shown, alone=len(paths) == 1) for name in found.names]
     return Inputs(arrays, names)
+
+
+def _name(name: str, shown: str, *, alone: bool) -> str:
+    """Of an item, with its file's name where there are other files."""
+    return name if alone or shown in name else f"{shown}, {name}"
 
 
 @contextmanager
