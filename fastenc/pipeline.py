@@ -136,7 +136,8 @@ class SavedModel:
                 raise
             raise DataError(f"in rows {start} to {start + len(features) - 1}: {error}") from error
         # What shares memory with a read-only map must say so: to write to it would end the process.
-        x.flags.writeable = not (isinstance(features, np.ndarray) and not features.flags.writeable)
+        if isinstance(features, np.ndarray) and not features.flags.writeable:
+            x.flags.writeable = False
         return Prepared(x, np.arange(start, start + len(x)), dropped=0, unseen=0)
 
     def codes(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -76,7 +76,7 @@ def test_sdist_holds_what_builds_and_tests_it(dist):
         assert files, pattern
         assert files <= names
     assert {"setup.py", "pyproject.toml", "Makefile", "LICENSE", "CHANGELOG.md", "fastenc/py.typed"} <= names
-    assert "benchmarks/peers/requirements.txt" in names
+    assert {"benchmarks/peers/requirements.txt", "fastenc/serving/page.html"} <= names
     assert not [name for name in names if name.endswith((".so", ".o"))]
 
 
@@ -85,6 +85,7 @@ def test_wheel_holds_the_packages_and_the_libraries_and_nothing_else(wheel):
     expected = {
         "fastenc/benchmarks/peers/requirements.txt",
         "fastenc/py.typed",
+        "fastenc/serving/page.html",
         f"fastenc/_C{EXTENSION_SUFFIX}",
         f"fastenc/{EAGER}.abi3.so",
     }

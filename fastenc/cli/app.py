@@ -16,7 +16,7 @@ from ..pretrained import ModelFileError
 
 EXTRAS = (
     *("sklearn", "pandas", "pyarrow", "matplotlib", "torchvision", "PIL", "soundfile", "tokenizers", "Bio"),
-    *("fastapi", "uvicorn", "prometheus_client", "opacus", "captum"),
+    *("fastapi", "uvicorn", "prometheus_client", "python_multipart", "opacus", "captum"),
 )
 
 
