@@ -1,4 +1,5 @@
-"""The command line: `fastenc train | finetune | encode | evaluate | tune | info | bench`, also as `python -m fastenc`.
+"""The command line: `fastenc train | finetune | encode | evaluate | explain-features | tune | info | bench`, also as
+`python -m fastenc`.
 
 Exit codes: 0 done; 2 bad input, with one sentence that names it and the cure; 130 Ctrl-C; 1 an error of fastenc's own,
 or a machine that cannot do it.
@@ -14,11 +15,19 @@ except ModuleNotFoundError:
     print('fastenc: the command line needs typer; run: pip install "fastenc[app]"', file=sys.stderr)
     raise SystemExit(2) from None
 
-from . import encode, evaluate, finetune, machine, train
+from . import encode, evaluate, explain_features, finetune, machine, train
 from .app import make_app
 
 # In the order of the help.
-COMMANDS = (train.train, finetune.finetune, encode.encode, evaluate.evaluate, machine.tune, machine.info)
+COMMANDS = (
+    train.train,
+    finetune.finetune,
+    encode.encode,
+    evaluate.evaluate,
+    explain_features.explain_features,
+    machine.tune,
+    machine.info,
+)
 
 app = make_app(COMMANDS)
 machine.add_bench(app)
