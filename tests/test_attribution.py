@@ -3,6 +3,7 @@
 import csv
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,8 @@ from fastenc import Classifier, Encoder, FusedDense, cli, plots
 from fastenc.attribution import DEEP_LIFT, METHODS, feature_attributions, row_attributions
 from fastenc.cli import explain_features as command
 from fastenc.data import DataError
+
+APPLICATIONS = Path(__file__).parents[1] / "docs" / "applications"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -223,3 +226,11 @@ def test_the_command_says_what_is_wrong(people, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(command, "SavedModel", lambda folder: SimpleNamespace(reader=SimpleNamespace(kind="image")))
     assert "is of image data, and features are explained of tables" in fails(model, data)
+
+
+def test_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (APPLICATIONS / "interpretability.md").read_text(), re.DOTALL)
+    exec(block, {})
+    assert "code 0" in capsys.readouterr().out
+    assert imread(tmp_path / "codes.png").shape[1] > 500

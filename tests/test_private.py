@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,8 @@ from fastenc.private import _Steps, fit_private, noise_multiplier
 
 X = make_x(120)
 Y = (X.sum(1) > 3.0).long() + (X[:, 0] > 0.5).long()
+
+APPLICATIONS = Path(__file__).parents[1] / "docs" / "applications"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -272,3 +276,11 @@ def test_the_command_line_without_opacus(tmp_path, monkeypatch):
     result = run("train", "digits", "--out", tmp_path / "model", "--private", "--epsilon", "3")
     assert result.exit_code == 2
     assert 'fastenc: --private needs opacus; run: pip install "fastenc[tools]"' in result.output
+
+
+def test_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (APPLICATIONS / "privacy.md").read_text(), re.DOTALL)
+    exec(block, {})
+    assert "spent at delta 0.0001: 60 steps" in capsys.readouterr().out
+    assert load_pretrained(tmp_path / "private").head.out_features == 3
