@@ -46,6 +46,11 @@ class PrivateFit:
     sample_rate: float
     steps: int
 
+    @property
+    def validation_history(self) -> dict[str, list[float]]:
+        """The history without the training rows' loss: what may lie beside the model."""
+        return {name: values for name, values in self.history.history.items() if name != "loss"}
+
     def to_dict(self) -> dict[str, Any]:
         """All but the history, as JSON can hold it."""
         return {name: value for name, value in self.__dict__.items() if name != "history"}

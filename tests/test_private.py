@@ -231,7 +231,7 @@ def test_the_command_line(tmp_path):
     assert result.exit_code == 0, result.output
     assert "spent at delta 1e-05: 16 steps" in result.output
     assert "covered: the weights, for each of the 1617 training rows. Not covered, learned without noise:" in result.output
-    assert "the scale of the columns and medians of missing values" in result.output
+    assert "the scale of the columns, medians of missing values; --scale none" in result.output
     record = json.loads((out / "training.json").read_text())
     assert 2.99 <= record["private"]["epsilon"] <= 3.0
     assert list(record["history"]) == ["val_loss"]  # the training rows' loss has no noise
@@ -244,10 +244,61 @@ def test_the_command_line_where_nothing_else_is_learned(tmp_path):
     fixed = ["--scale", "none", "--missing", "error", "--private", "--epsilon", "3"]
     for folder, more in zip(out, ([], ["--noise-seed", "1"], ["--noise-seed", "1"]), strict=True):
         result = run("train", "digits", "--out", folder, *fixed, *SMALL, *more)
-        assert "training rows, and the preprocessing, which learned nothing from them" in result.output
+        assert "training rows; the preprocessing learned nothing from them" in result.output
     models = [load_pretrained(folder) for folder in out]
     assert_same_weights(models[1], models[2])
     assert not torch.equal(models[0].decoder.layers[0].weight, models[1].decoder.layers[0].weight)  # --seed alone
+
+
+def test_the_command_line_with_labels(tmp_path):
+    out = tmp_path / "model"
+    private = ["--private", "--epsilon", "8", "--lr", "0.01", "--batch-size", "300"]
+    result = run("finetune", "digits", "--out", out, *private, "--widths", "32,16", "--epochs", "10")
+    assert result.exit_code == 0, result.output
+    assert "learned without noise: the names of the classes, the scale of the columns, medians" in result.output
+    record = json.loads((out / "training.json").read_text())
+    assert 7.99 <= record["private"]["epsilon"] <= 8.0
+    assert sorted(record["history"]) == ["val_accuracy", "val_loss"]
+    assert record["history"]["val_accuracy"][-1] > 0.3  # a guess is right once in ten
+    assert record["classes"] == [str(digit) for digit in range(10)]
+    other = tmp_path / "other"
+    transfer = ["--strategy", "transfer", "--from", out, "--epochs", "1"]
+    result = run("finetune", "digits", "--out", other, *private, *transfer)
+    assert "rows. Not covered, learned without noise: the names of the classes\n" in result.output
+    first, second = (load_pretrained(folder).encoder.layers for folder in (out, other))
+    assert torch.equal(first[0].weight, second[0].weight)
+    assert not torch.equal(first[1].weight, second[1].weight)
+
+
+def test_numbers_as_labels(tmp_path):
+    x = X.numpy()
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", x.sum(1))
+    command = ["finetune", tmp_path / "x.npy", "--target", tmp_path / "y.npy", "--out", tmp_path / "model"]
+    private = ["--private", "--epsilon", "3", "--delta", "1e-3", "--epochs", "2"]
+    result = run(*command, *private)
+    assert result.exit_code == 2
+    assert "cannot scale the targets by their mean and deviation; give --raw-targets" in result.output
+    assert run(*command, *private, "--raw-targets").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--strategy", "pretrain"], "--strategy pretrain does not go with --private: the rows would be seen"),
+        (["--strategy", "transfer"], "--strategy transfer needs a trained encoder"),
+        (["--loss", "triplet"], "loss='triplet' compares the rows of a batch"),
+        (["--lora-rank", "2"], "--lora-rank does not go with --private"),
+        (["--unfreeze-every", "2"], "--unfreeze-every does not go with --private"),
+        (["--layer-decay", "0.5"], "--layer-decay does not go with --private"),
+        (["--mixup", "0.5"], "--mixup does not go with --private"),
+        (["--noise", "0.5"], "--noise does not go with --private"),
+    ],
+)
+def test_what_private_finetuning_refuses(tmp_path, options, message):
+    result = run("finetune", "digits", "--out", tmp_path / "model", "--private", "--epsilon", "3", *options)
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ..data.augmentation import FeatureMask, GaussianNoise, Mixup, image_augment
 from ..finetuning.finetune import STRATEGIES
 from ..finetuning.pretraining import METHODS, OPTIONS
 from ..finetuning.targets import TASKS
-from ..labelled import prepare, save
+from ..labelled import prepare, save, train_privately
 from ..labelled import train as train_with_labels
 from ..multitask import ONE_ROW_LOSSES
 from ..pipeline import check_model_folder, one_sentence
@@ -34,6 +34,7 @@ from .options import (
     positive,
     report_rows,
 )
+from .privacy import Privacy, what_is_covered
 
 FINETUNING_LOSSES = ("cross_entropy", "mse", "mae", "huber", "cosine", "triplet")
 SEVERAL = "of several targets COLUMN=NAME, once for each"
@@ -258,6 +259,7 @@ def finetune(
     preparation: Preparation,
     augmentation: Augmentation,
     fitting: Fitting,
+    privacy: Privacy,
 ) -> None:
     """Train an encoder and a head on the labels of DATA, and save them, with their preprocessing, in --out.
 
@@ -267,6 +269,7 @@ def finetune(
     outputs stand for.
     """
     check_model_folder(out)
+    private = privacy.options(fitting, beginning, augmentation)
     with one_sentence():
         options = {
             **targets.options(),
@@ -283,20 +286,33 @@ def finetune(
     typer.echo(
         f"{len(prepared.rows) - held_out} rows to train on, {held_out} to validate on, {prepared.x.shape[1]} features"
     )
+    network_options: dict[str, Any] = {
+        "widths": parse_widths(network.widths),
+        "activation": network.activation,
+        "dropout": network.dropout,
+    }
     began = time.perf_counter()
-    result = train_with_labels(
-        labelled,
-        **options,
-        widths=parse_widths(network.widths),
-        activation=network.activation,
-        dropout=network.dropout,
-        epochs=fitting.epochs,
-        batch_size=fitting.batch_size,
-        patience=fitting.patience,
-    )
+    spent = None
+    if private is None:
+        result = train_with_labels(
+            labelled,
+            **options,
+            **network_options,
+            epochs=fitting.epochs,
+            batch_size=fitting.batch_size,
+            patience=fitting.patience,
+        )
+    else:
+        names = ("strategy", "encoder", "frozen", "task", "loss", "scale_targets", "seed")
+        chosen = {name: options[name] for name in names}
+        result, spent = train_privately(labelled, **chosen, **network_options, private=private)
     seconds = time.perf_counter() - began
-    save(result, labelled, out, split, seed, target)
+    save(result, labelled, out, split, seed, target, spent)
     if result.pretraining is not None:
         typer.echo(f"pre-training: {describe_history(result.pretraining.history)}; {result.pretraining.how}")
     typer.echo(f"training: {describe_history(result.history)}; {result.how}")
     typer.echo(f"{seconds:.1f} s; saved in {out}")
+    if spent is not None:
+        own = labelled.preprocessor if beginning.encoder is None else None
+        classes = result.classes is not None
+        typer.echo(f"{spent}\n{what_is_covered(own, len(prepared.rows) - held_out, classes)}")

@@ -10,7 +10,7 @@ import typer
 from torch import nn
 
 from ..activation import ACTIVATIONS
-from ..data import DataError, Preprocessor
+from ..data import Preprocessor
 from ..data.preprocessing import DATES, MISSING, SCALES, TEXTS
 from ..pipeline import one_sentence
 from ..training import Trainer
@@ -170,65 +170,3 @@ def report_rows(dropped: int, total: int, unseen: int) -> None:
 def describe_history(history: Any) -> str:
     losses = ", ".join(f"{name} {values[-1]:.6g}" for name, values in history.history.items())
     return f"{len(history.epoch)} epochs, {losses}"
-
-
-# Options that private training does not have, and why, in words.
-WITHOUT_PRIVACY = {
-    "schedule": "private training keeps its learning rate",
-    "accumulate": "the rows of each private step are drawn by chance; raise --batch-size",
-    "precision": "the noise is added in the numbers of the weights",
-    "l1": "private training has no penalty but --weight-decay",
-    "clip_norm": "private training clips the gradient of each row, to --max-grad-norm",
-    "clip_value": "private training clips the gradient of each row, to --max-grad-norm",
-    "patience": "the noise is chosen for all of the epochs",
-}
-
-
-@dataclass(frozen=True)
-class Privacy:
-    """Differential privacy of the weights in the training rows."""
-
-    private: Annotated[
-        bool, typer.Option("--private", help="Train with differential privacy: opacus clips and adds noise.")
-    ] = False
-    epsilon: Annotated[
-        float | None, typer.Option(callback=positive, help="With --private: how much may be learned of a row, as 3.")
-    ] = None
-    delta: Annotated[
-        float | None,
-        typer.Option(callback=positive, max=1.0, help="Chance that epsilon does not hold; 1e-05 by default."),
-    ] = None
-    max_grad_norm: Annotated[
-        float | None, typer.Option(callback=positive, help="What a row's gradient is clipped to; 1 by default.")
-    ] = None
-    noise_seed: Annotated[
-        int | None,
-        typer.Option(min=0, help="Makes the noise repeatable, and so no secret: for tests. --seed does not."),
-    ] = None
-
-    def options(self, fitting: Fitting) -> dict[str, Any] | None:
-        """The arguments of `fit_private`; None without --private.
-
-        Raises:
-            DataError: options of privacy without it, or of training that private training does not have.
-        """
-        given = {
-            "epsilon": self.epsilon,
-            "delta": self.delta,
-            "max_grad_norm": self.max_grad_norm,
-            "seed": self.noise_seed,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        if not self.private:
-            for name in given:
-                option = "--noise-seed" if name == "seed" else f"--{name.replace('_', '-')}"
-                raise DataError(f"{option} is of private training; give --private too, or leave it out")
-            return None
-        if self.epsilon is None:
-            raise DataError("--private needs to know how much may be learned of a row; give --epsilon, for example 3")
-        defaults = Fitting()
-        for name, reason in WITHOUT_PRIVACY.items():
-            if getattr(fitting, name) != getattr(defaults, name):
-                raise DataError(f"--{name.replace('_', '-')} does not go with --private: {reason}; leave it out")
-        names = ("optimizer", "lr", "momentum", "nesterov", "weight_decay", "epochs", "batch_size")
-        return {**given, **{name: getattr(fitting, name) for name in names}}

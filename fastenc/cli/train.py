@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
-from ..chunked import TrainingRows, prepare_in_chunks
+from ..chunked import prepare_in_chunks
 from ..data import Chunks, DataError
-from ..data.extras import require
 from ..encoder import AutoEncoder, Encoder
 from ..explain import explain
 from ..pipeline import check_model_folder, existing_parent, one_sentence, run_in_chunks
 from ..private import PrivateFit, fit_private
 from ..record import write_record
 from ..report import dead_units
-from ..training import EarlyStopping, History, Trainer
+from ..training import EarlyStopping, Trainer
 from .options import (
     DataArgument,
     Fitting,
     Network,
     OutOption,
     Preparation,
-    Privacy,
     choice,
     one_or_several,
     parse_widths,
     report_rows,
 )
+from .privacy import Privacy, what_is_covered
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -58,8 +57,6 @@ def train(
     check_model_folder(out)
     options = fitting.trainer()
     private = privacy.options(fitting)
-    if private is not None:
-        require("opacus", "--private", "tools")  # before the data are read
     targets = one_or_several(target)
     chunks = Chunks(data, target=targets)
     folder: Path = existing_parent(out)
@@ -76,6 +73,7 @@ def train(
     )
     model = AutoEncoder(encoder)
     typer.echo(f"backend for {explain(model, torch.from_numpy(rows.x[: fitting.batch_size]).to(DTYPES[dtype]))}")
+    validation = rows.x_held_out if len(rows.x_held_out) else None
     began = time.perf_counter()
     spent: PrivateFit | None = None
     if private is None:
@@ -83,11 +81,12 @@ def train(
             rows.x,
             epochs=fitting.epochs,
             batch_size=fitting.batch_size,
-            validation_data=rows.x_held_out if len(rows.x_held_out) else None,
+            validation_data=validation,
             callbacks=[EarlyStopping(patience=fitting.patience)] if fitting.patience is not None else [],
         )
     else:
-        spent = fit_privately(model, rows, loss, private)
+        with one_sentence():
+            spent = fit_private(model, rows.x, loss=loss, validation_data=validation, **private)
         history = spent.history
     seconds = time.perf_counter() - began
     model.save_pretrained(out, preprocessing=rows.preprocessor.to_dict())
@@ -98,7 +97,7 @@ def train(
         held_out=fitting.validation_split,
         seed=fitting.seed,
         target=targets,
-        history=history.history if spent is None else without_training_loss(history),
+        history=history.history if spent is None else spent.validation_history,
         private=None if spent is None else spent.to_dict(),
     )
     losses = ", ".join(f"{name} {values[-1]:.6g}" for name, values in history.history.items())
@@ -108,32 +107,4 @@ def train(
         typer.echo(f"{len(dead)} of the code's {encoder.out_features} units never change, and so tell nothing")
     typer.echo(f"saved in {out}")
     if spent is not None:
-        typer.echo(f"{spent}\n{what_is_covered(rows)}")
-
-
-def fit_privately(model: AutoEncoder, rows: TrainingRows, loss: str, private: dict[str, Any]) -> PrivateFit:
-    """`fit_private` with the command's options."""
-    with one_sentence():
-        return fit_private(
-            model, rows.x, loss=loss, validation_data=rows.x_held_out if len(rows.x_held_out) else None, **private
-        )
-
-
-def without_training_loss(history: History) -> dict[str, list[float]]:
-    """What may lie beside the model: the loss of the training rows has no noise."""
-    return {name: values for name, values in history.history.items() if name != "loss"}
-
-
-def what_is_covered(rows: TrainingRows) -> str:
-    """A sentence or two on what the guarantee is about, and what it is not about."""
-    preprocessor = rows.preprocessor
-    learned = [
-        *(["the scale of the columns"] if preprocessor.scale != "none" else []),
-        *(["medians of missing values"] if preprocessor.missing == "impute" else []),
-        *(["the categories"] if preprocessor.text == "one-hot" and len(preprocessor.feature_names) > len(preprocessor.number_names) else []),
-    ]
-    covered = f"covered: the weights, for each of the {len(rows.x)} training rows"
-    if learned:
-        cure = "; --scale none --missing error leaves none of it for columns of numbers"
-        return f"{covered}. Not covered, learned without noise: {' and '.join(learned)}{cure}"
-    return f"{covered}, and the preprocessing, which learned nothing from them"
+        typer.echo(f"{spent}\n{what_is_covered(rows.preprocessor, len(rows.x))}")
