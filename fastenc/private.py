@@ -6,6 +6,7 @@ import math
 import secrets
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -157,6 +158,7 @@ def fit_private(
     return PrivateFit(history, spent, delta, noise, max_grad_norm, sample_rate, epochs * per_epoch)
 
 
+@lru_cache(maxsize=64)  # the search takes seconds
 def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     """The least noise, within opacus's search, with which `steps` steps spend no more than epsilon.
 
