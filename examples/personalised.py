@@ -2,10 +2,10 @@
 
     python examples/personalised.py        # half a minute; the picture goes to out/personalised
 
-Twelve users write scikit-learn's digits, each in a hand of their own: turned, slanted and stretched by an affine map that
-is drawn once for each user. A shared classifier is trained on half of the digits, as they are. The others are dealt out to
-the users, who label a few of their own rows and are scored on the rest. All ways to learn from these few rows get the same
-rows, and as many passes over them.
+Twelve users write scikit-learn's digits, each in a hand of their own: turned, slanted and stretched by an affine map
+that is drawn once for each user. A shared classifier is trained on half of the digits, as they are. The others are dealt
+out to the users, who label a few of their own rows and are scored on the rest. All ways to learn from these few rows get
+the same rows, and as many passes over them.
 """
 
 from __future__ import annotations
@@ -86,7 +86,10 @@ def one_seed(epochs: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, i
     found[ADAPTERS] = accuracy(trainer.predict(joined[~few]), labels[~few], user[~few])
     together = fitted(copy.deepcopy(shared), own[few], labels[few], epochs, seed)
     found[TOGETHER] = accuracy(together.predict(own[~few]), labels[~few], user[~few])
-    for name, begin in ((WHOLE, lambda: copy.deepcopy(shared)), (SCRATCH, lambda: Classifier(Encoder(64, (64, 32)), 10))):
+    for name, begin in (
+        (WHOLE, lambda: copy.deepcopy(shared)),
+        (SCRATCH, lambda: Classifier(Encoder(64, (64, 32)), 10)),
+    ):
         outputs = np.empty((int((~few).sum()), 10), np.float32)
         for number in range(USERS):
             torch.manual_seed(seed)
@@ -106,7 +109,13 @@ def main() -> None:
     figures = {name: np.stack([found[name] for found, _, _ in runs]) for name in costs}  # [seeds, users]
     print(f"{USERS} users with {OWN_ROWS} rows each; accuracy on their other rows; {args.seeds} seeds\n")
     rows = [
-        (name, f"{each.mean():.3f}", f"{each.mean(1).std():.3f}" if len(each) > 1 else "", f"{each.min():.3f}", f"{costs[name]:,}")
+        (
+            name,
+            f"{each.mean():.3f}",
+            f"{each.mean(1).std():.3f}" if len(each) > 1 else "",
+            f"{each.min():.3f}",
+            f"{costs[name]:,}",
+        )
         for name, each in figures.items()
     ]
     print(table(("", "accuracy", "standard deviation", "the worst user", "bytes for each user"), rows))

@@ -2,11 +2,11 @@
 
     python examples/privacy.py             # a minute; the pictures go to out/privacy
 
-Needs opacus (pip install "fastenc[tools]"). Half of scikit-learn's digits is trained on, the other half is not. The same
-classifier is trained as ever, and by DP-SGD for several epsilons. Membership inference is the loss-threshold attack of
-Yeom et al. (2018): rows with a smaller loss are taken for training rows; its ROC AUC is 0.5 for a guess and 1 for one who
-knows. As a second question one in five training labels is made wrong, so that an ordinary model has to learn rows by
-heart: that is where it gives them away.
+Needs opacus (pip install "fastenc[tools]"). Half of scikit-learn's digits is trained on, the other half is not. The
+same classifier is trained as ever, and by DP-SGD for several epsilons. Membership inference is the loss-threshold attack
+of Yeom et al. (2018): rows with a smaller loss are taken for training rows; its ROC AUC is 0.5 for a guess and 1 for one
+who knows. As a second question one in five labels is made wrong, so that an ordinary model has to learn rows by heart:
+that is where it gives them away.
 """
 
 from __future__ import annotations
@@ -78,14 +78,19 @@ def main() -> None:
             spoiled_attack[name].append(membership(model, (x[kept], labels[kept]), (x[others], labels[others])))
     print(f"{len(kept)} rows trained on, {len(others)} not; {args.seeds} seeds; delta {DELTA:g}\n")
     figures = (accuracy, attack, spoiled_attack)
-    rows = [(f"epsilon {name}", *(f"{np.mean(each[name]):.3f} ± {np.std(each[name]):.3f}" for each in figures)) for name in levels]
+    rows = [
+        (f"epsilon {name}", *(f"{np.mean(each[name]):.3f} ± {np.std(each[name]):.3f}" for each in figures))
+        for name in levels
+    ]
     print(table(("", "accuracy on other rows", "attack's AUC", "attack's AUC, wrong labels"), rows))
     plots.save_figure(lambda figure: draw(figure, *figures), args.out / "privacy.png", (12, 4.8))
     print(f"\nThe picture is {args.out / 'privacy.png'}.")
     write_results(
         args.out,
         [
-            Row("accuracy at epsilon 3", float(np.mean(accuracy["3"])), "no privacy", float(np.mean(accuracy[WITHOUT]))),
+            Row(
+                "accuracy at epsilon 3", float(np.mean(accuracy["3"])), "no privacy", float(np.mean(accuracy[WITHOUT]))
+            ),
             Row(
                 "membership attack's AUC at epsilon 3, a fifth of the labels wrong",
                 float(np.mean(spoiled_attack["3"])),

@@ -86,7 +86,10 @@ def larger_than_memory(out: Path, megabytes: int) -> dict[str, float]:
     codes = trainer.encode(x)
     peak.on_epoch_end(2, {})
     path.unlink()
-    print(f"{rows:,} rows of {FEATURES} numbers: {x.nbytes / MEGABYTE:.0f} MB; memory may grow by {room / MEGABYTE:.0f} MB")
+    print(
+        f"{rows:,} rows of {FEATURES} numbers: {x.nbytes / MEGABYTE:.0f} MB; "
+        f"memory may grow by {room / MEGABYTE:.0f} MB"
+    )
     print(f"a copy of the rows: {'refused by the system' if refused else 'there was room for it'}")
     print(f"2 passes in {seconds:.1f} s, loss {loss:.4f} (the noise has 1.0), by: {trainer.explain()}")
     grown = peak.bytes - before
@@ -113,7 +116,11 @@ def shared_by(processes: int, out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, __file__, "--worker", str(path)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, __file__, "--worker", str(path)],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     if done.returncode:
         raise SystemExit(done.stdout)
@@ -147,7 +154,11 @@ def main() -> None:
         [
             Row("memory that training took, MB", figures["grown"], "the rows", figures["data"], higher=False),
             Row(
-                f"loss of {args.processes} processes in float64", together["losses"][-1], "of one", alone["losses"][-1], higher=False
+                f"loss of {args.processes} processes in float64",
+                together["losses"][-1],
+                "of one",
+                alone["losses"][-1],
+                higher=False,
             ),
         ],
     )
@@ -155,7 +166,7 @@ def main() -> None:
 
 def draw(axes: Any, figures: dict[str, float]) -> None:
     bars = {"the rows, in a file": "data", "what memory was allowed to grow by": "room", "what it grew by": "grown"}
-    for place, (name, key) in enumerate(bars.items()):
+    for place, key in enumerate(bars.values()):
         axes.barh(place, figures[key], color=plots.ORANGE if key == "grown" else plots.BLUE, height=0.55, alpha=0.85)
         axes.text(figures[key], place, f"  {figures[key]:.0f} MB", va="center")
     axes.set_yticks(range(len(bars)), list(bars))

@@ -85,7 +85,7 @@ class Attributions:
         return [code for code, size in zip(self.codes, self.size, strict=True) if not size.any()]
 
     def top(self, number: int) -> dict[int, list[int]]:
-        """Of each code the features that drive it most, the first one most, at most `number`; without those of size 0."""
+        """Of each code the features that drive it most, at most `number`, those of size 0 left out."""
         ranked = {}
         for code, size in zip(self.codes, self.size, strict=True):
             order = np.argsort(-size, kind="stable")[:number]
@@ -123,9 +123,7 @@ class Attributions:
         signed = (self.size * np.sign(self.slope)).T
         shown = np.sort(np.argsort(-self.size.sum(0), kind="stable")[:_SHOWN])
         most = np.abs(signed).max() or 1.0
-        image = axes.imshow(
-            signed[shown], cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", interpolation="nearest"
-        )
+        image = axes.imshow(signed[shown], cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
         axes.set_yticks(range(len(shown)), [self.feature_names[feature] for feature in shown], fontsize=9)
         axes.set_xticks(range(len(self.codes)), [str(code) for code in self.codes])
         left_out = len(self.feature_names) - len(shown)

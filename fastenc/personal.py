@@ -1,4 +1,4 @@
-"""One model for many users: shared layers, and a small low-rank adapter of each user's own, trained and served together."""
+"""One model for many users: shared layers, and a small low-rank adapter for each, trained and served together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-
 from urllib.parse import quote, unquote
 
 import torch
@@ -207,7 +206,9 @@ class PersonalModel(nn.Module):
         files = sorted(Path(folder).glob(f"*{SUFFIX}"))
         if not files:
             raise ModelFileError(f"there is no {SUFFIX} file in {folder}; give the folder that save_users wrote")
-        settings = read_adapters(files[0], {name: m for name, m in model.named_modules() if isinstance(m, FusedDense)})[0]
+        settings = read_adapters(files[0], {name: m for name, m in model.named_modules() if isinstance(m, FusedDense)})[
+            0
+        ]
         made = cls(model, rank=settings["rank"], alpha=settings["alpha"])
         for file in files:
             made.load_user(file)
@@ -240,7 +241,9 @@ class PersonalModel(nn.Module):
 
     def _check(self, x: Tensor, user: Tensor) -> None:
         if x.ndim != 2 or user.shape != (len(x),):
-            raise DataError(f"x has shape {list(x.shape)} and user {list(user.shape)}; give [rows, features] and [rows]")
+            raise DataError(
+                f"x has shape {list(x.shape)} and user {list(user.shape)}; give [rows, features] and [rows]"
+            )
         if len(user) and not 0 <= int(user.min()) <= int(user.max()) < len(self.users):
             raise DataError(
                 f"there are users 0 to {len(self.users) - 1}, and the numbers given are {int(user.min())} to "

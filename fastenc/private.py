@@ -239,6 +239,9 @@ class _Steps:
         self.wrapped.cleanup()
         for parameter in self.model.parameters():
             parameter.__dict__.pop("summed_grad", None)
+        for module in self.model.modules():
+            for name in ("activations", "max_batch_len"):
+                module.__dict__.pop(name, None)
 
 
 def _rows_and_target(model: nn.Module, x: Any, y: Any, loss: str, place: Tensor) -> tuple[Tensor, Tensor]:

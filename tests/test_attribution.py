@@ -160,7 +160,9 @@ def people(tmp_path_factory):
     frame = pd.DataFrame({"age": random.normal(40, 10, 300), "colour": random.choice(["red", "green"], 300)})
     frame["same"] = 1.0
     frame.to_csv(folder / "people.csv", index=False)
-    assert run("train", folder / "people.csv", "--out", folder / "model", "--widths", "8,3", "--epochs", 3).exit_code == 0
+    assert (
+        run("train", folder / "people.csv", "--out", folder / "model", "--widths", "8,3", "--epochs", 3).exit_code == 0
+    )
     return folder / "model", folder / "people.csv"
 
 

@@ -214,7 +214,9 @@ def test_bad_rows(quick):
 
 def test_without_opacus(monkeypatch):
     monkeypatch.setitem(sys.modules, "opacus", None)
-    with pytest.raises(ModuleNotFoundError, match=r'private training needs opacus; run: pip install "fastenc\[tools\]"'):
+    with pytest.raises(
+        ModuleNotFoundError, match=r'private training needs opacus; run: pip install "fastenc\[tools\]"'
+    ):
         fit(make_classifier())
 
 
@@ -230,7 +232,9 @@ def test_the_command_line(tmp_path):
     result = run("train", "digits", "--out", out, "--private", "--epsilon", "3", *SMALL)
     assert result.exit_code == 0, result.output
     assert "spent at delta 1e-05: 16 steps" in result.output
-    assert "covered: the weights, for each of the 1617 training rows. Not covered, learned without noise:" in result.output
+    assert (
+        "covered: the weights, for each of the 1617 training rows. Not covered, learned without noise:" in result.output
+    )
     assert "the scale of the columns, medians of missing values; --scale none" in result.output
     record = json.loads((out / "training.json").read_text())
     assert 2.99 <= record["private"]["epsilon"] <= 3.0

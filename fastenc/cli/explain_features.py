@@ -30,7 +30,9 @@ def explain_features(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many features to print for each code.")] = 5,
     method: Annotated[str, choice("How", *METHODS)] = "integrated-gradients",
-    rows: Annotated[int, typer.Option(min=1, help="At most so many rows of DATA, chosen at random, are looked at.")] = 500,
+    rows: Annotated[
+        int, typer.Option(min=1, help="At most so many rows of DATA, chosen at random, are looked at.")
+    ] = 500,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the choice of rows.")] = 0,
 ) -> None:
     """Tell which inputs drive which numbers of the vectors that the model in DIR makes of DATA's rows.
