@@ -1,5 +1,6 @@
 """Which features drive which codes: what captum is asked, what is made of it, and the command."""
 
+import copy
 import csv
 import re
 import sys
@@ -71,7 +72,7 @@ def test_fused_layers_have_the_attributions_of_unfused_ones(activation, method):
     model = make(lambda: Encoder(6, (8, 5), activation))
     plain = unfused_layers(model.layers)
     sides = []
-    for each, dtype in ((model, torch.float32), (plain, torch.float32), (plain.double(), torch.float64)):
+    for each, dtype in ((model, torch.float32), (plain, torch.float32), (copy.deepcopy(plain).double(), torch.float64)):
         x, start = X.float().to(dtype), BASELINE.float().to(dtype)
         sides.append([torch.from_numpy(row_attributions(each, x, start, method).of_codes)])
     assert_within(*sides)
