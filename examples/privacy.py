@@ -3,10 +3,10 @@
     python examples/privacy.py             # a minute; the pictures go to out/privacy
 
 Needs opacus (pip install "fastenc[tools]"). Half of scikit-learn's digits is trained on, the other half is not. The
-same classifier is trained as ever, and by DP-SGD for several epsilons. Membership inference is the loss-threshold attack
-of Yeom et al. (2018): rows with a smaller loss are taken for training rows; its ROC AUC is 0.5 for a guess and 1 for one
-who knows. As a second question one in five labels is made wrong, so that an ordinary model has to learn rows by heart:
-that is where it gives them away.
+same classifier is trained as ever, and by DP-SGD for several epsilons. Membership inference is the loss-threshold
+attack of Yeom et al. (2018): rows with a smaller loss are taken for training rows; its ROC AUC is 0.5 for a guess and 1
+for one who knows. As a second question one in five labels is made wrong, so that an ordinary model has to learn rows by
+heart: that is where it gives them away.
 """
 
 from __future__ import annotations

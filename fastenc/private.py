@@ -154,7 +154,9 @@ def fit_private(
                 history.add(epoch, logs)
         finally:
             steps.end()
-    spent = float(steps.accountant.get_epsilon(delta))
+    with warnings.catch_warnings():  # of bounds that are right and could be tighter
+        warnings.simplefilter("ignore")
+        spent = float(steps.accountant.get_epsilon(delta))
     return PrivateFit(history, spent, delta, noise, max_grad_norm, sample_rate, epochs * per_epoch)
 
 
