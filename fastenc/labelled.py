@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .data import Data, DataError, Prepared, Preprocessor, load
 from .data.sources import target_part
+from .encoder import Encoder
 from .finetuning import FineTuned, finetune
+from .finetuning.goals import read_goals
+from .finetuning.layers import freeze_layers
+from .loading import load_pretrained
 from .pipeline import SavedModel, naming, one_sentence, take
+from .private import PrivateFit, fit_private
 from .record import fingerprint, split_rows, write_record
 
 
@@ -130,8 +137,69 @@ def train(labelled: Labelled, **options: Any) -> FineTuned:
         )
 
 
+def train_privately(
+    labelled: Labelled,
+    *,
+    strategy: str,
+    encoder: Path | None,
+    widths: Sequence[int],
+    activation: str,
+    dropout: float,
+    frozen: int | None,
+    task: str | dict[str, str],
+    loss: str | dict[str, str] | None,
+    scale_targets: bool,
+    seed: int,
+    private: dict[str, Any],
+) -> tuple[FineTuned, PrivateFit]:
+    """From scratch, or from the encoder of a model trained on other rows, by `fastenc.private.fit_private`.
+
+    Args:
+        seed: of the first weights.
+        private: the arguments of `fit_private`.
+
+    Raises:
+        DataError: as `train`; several targets, or what private training does not have.
+    """
+    if isinstance(labelled.y, dict):
+        raise DataError("--private learns one target, and several are given; leave all but one out")
+    if strategy == "pretrain":
+        raise DataError(
+            "--strategy pretrain does not go with --private: the rows would be seen without noise; pre-train on other "
+            "rows, by fastenc train, and give --strategy transfer --from DIR"
+        )
+    if strategy == "transfer" and encoder is None:
+        raise DataError("--strategy transfer needs a trained encoder; give its folder by --from")
+    held_out = labelled.is_held_out
+    x, y = (part[~held_out] for part in (labelled.prepared.x, labelled.y))
+    with one_sentence():
+        goal = read_goals(y, len(x), task, loss, None, False)
+        if goal.classes is None and scale_targets:
+            raise DataError("--private cannot scale the targets by their mean and deviation; give --raw-targets")
+        validation = None
+        if held_out.any():
+            others = goal.match(labelled.y[held_out], int(held_out.sum()), "the validation labels")
+            validation = labelled.prepared.x[held_out], others
+        torch.manual_seed(seed)
+        made = Encoder(x.shape[1], widths, activation, dropout=dropout)
+        if encoder is not None:
+            loaded = load_pretrained(encoder)
+            made = getattr(loaded, "encoder", loaded).requires_grad_(True)
+        model = goal.model(made)
+        freeze_layers(model, frozen if frozen is not None else len(made.layers) - 1 if strategy == "transfer" else 0)
+        done = fit_private(model, x, goal.values, loss=goal.loss, validation_data=validation, **private)
+    how = "by opacus, one step after the other"
+    return FineTuned(model.requires_grad_(True), done.history, how, goal.classes, None), done
+
+
 def save(
-    result: FineTuned, labelled: Labelled, out: Path, held_out: float, seed: int, target: str | list[str] | None
+    result: FineTuned,
+    labelled: Labelled,
+    out: Path,
+    held_out: float,
+    seed: int,
+    target: str | list[str] | None,
+    private: PrivateFit | None = None,
 ) -> None:
     """Save the model with its preprocessing, and beside it how it was trained and what its outputs stand for."""
     preprocessor = labelled.preprocessor
@@ -140,7 +208,9 @@ def save(
     classes = result.classes
     named = {name: _texts(each) for name, each in classes.items()} if isinstance(classes, dict) else _texts(classes)
     data = fingerprint(labelled.prepared.x)
-    write_record(out, data, **split, history=result.history.history, classes=named)
+    history = result.history.history if private is None else private.validation_history
+    spent = None if private is None else private.to_dict()
+    write_record(out, data, **split, history=history, classes=named, private=spent)
 
 
 def _texts(labels: np.ndarray | None) -> list[str] | None:

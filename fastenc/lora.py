@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from .functional import fused_dense
 from .modules import FusedDense
 from .pretrained import ModelFileError
 
+ADAPTER = ("lora_a", "lora_b")  # the parameters of an adapter
 _METADATA_KEY = "fastenc_lora"
 
 
@@ -127,17 +129,10 @@ def save_lora(model: nn.Module, path: str | os.PathLike[str]) -> None:
     adapted = _adapted(model)
     tensors = {}
     for name, layer in adapted.items():
-        for key in ("lora_a", "lora_b"):
-            tensors[_key(name, key)] = getattr(layer, key).detach().cpu().contiguous()
+        for key in ADAPTER:
+            tensors[adapter_key(name, key)] = getattr(layer, key)
     layer = next(iter(adapted.values()))
-    settings = {"rank": layer.rank, "alpha": layer.alpha, "dropout": layer.dropout}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, {_METADATA_KEY: json.dumps(settings)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_adapters(Path(path), tensors, {"rank": layer.rank, "alpha": layer.alpha, "dropout": layer.dropout})
 
 
 def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -150,22 +145,57 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             one that is missing, extra or of another shape is named.
         ValueError: as `add_lora`.
     """
-    path = Path(path)
+    layers = {name: module for name, module in model.named_modules() if type(module) in (FusedDense, nn.Linear)}
+    settings, tensors, _ = read_adapters(Path(path), layers)
+    model = add_lora(model, **settings)
+    with torch.no_grad():
+        for name, layer in _adapted(model).items():
+            for key in ADAPTER:
+                getattr(layer, key).copy_(tensors[adapter_key(name, key)])
+    return model
+
+
+def write_adapters(
+    path: Path, tensors: dict[str, Tensor], settings: dict[str, float], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a file as `save_lora` does: tensors by `adapter_key`, the arguments of `add_lora`, and more metadata.
+
+    Raises:
+        OSError: the file cannot be written; what was there before stays.
+    """
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, {**(metadata or {}), _METADATA_KEY: json.dumps(settings)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_adapters(
+    path: Path, layers: Mapping[str, nn.Module]
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """The settings, tensors and metadata that `write_adapters` wrote, if they are of these layers, by name.
+
+    Raises:
+        ModelFileError: as `load_lora`.
+    """
     if not path.is_file():
         raise ModelFileError(f"there is no file {path}; give the file that save_lora wrote")
     try:
         with safe_open(path, "pt") as file:
-            settings = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
+            metadata: dict[str, str] = file.metadata() or {}
+            settings = json.loads(metadata.get(_METADATA_KEY, "null"))
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise ModelFileError(f"{path} is truncated or damaged ({error}); save the adapters again") from None
     if settings is None:
         raise ModelFileError(f"{path} holds no adapters; give the file that save_lora wrote")
     expected: dict[str, list[int]] = {}
-    for name, module in model.named_modules():
-        if type(module) in (FusedDense, nn.Linear):
-            N, K = module.weight.shape
-            expected |= {_key(name, "lora_a"): [settings["rank"], K], _key(name, "lora_b"): [N, settings["rank"]]}
+    for name, layer in layers.items():
+        N, K = cast(Tensor, layer.weight).shape
+        expected |= {adapter_key(name, "lora_a"): [settings["rank"], K]}
+        expected |= {adapter_key(name, "lora_b"): [N, settings["rank"]]}
     found = {key: list(tensor.shape) for key, tensor in tensors.items()}
     faults = [f"{key} is missing" for key in expected if key not in found]
     faults += [f"{key} is not part of the model" for key in found if key not in expected]
@@ -174,15 +204,11 @@ def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     ]
     if faults:
         raise ModelFileError(f"{path} holds adapters of another model: {'; '.join(faults)}")
-    model = add_lora(model, **settings)
-    with torch.no_grad():
-        for name, layer in _adapted(model).items():
-            for key in ("lora_a", "lora_b"):
-                getattr(layer, key).copy_(tensors[_key(name, key)])
-    return model
+    return settings, tensors, metadata
 
 
-def _key(name: str, key: str) -> str:
+def adapter_key(name: str, key: str) -> str:
+    """The name in a file of an adapter's tensor `key`, one of ADAPTER, of the layer of this name."""
     return f"{name}.{key}" if name else key
 
 

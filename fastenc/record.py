@@ -67,6 +67,7 @@ def write_record(
     target: str | list[str] | None,
     history: dict[str, list[float]],
     classes: list[str] | dict[str, list[str] | None] | None = None,
+    private: dict[str, Any] | None = None,
 ) -> None:
     """Write how the model that lies in `folder` was trained beside it, tied to the model's bytes.
 
@@ -79,6 +80,7 @@ def write_record(
         target: the column of labels, or several.
         history: of the Trainer.
         classes: of a Classifier, what its outputs stand for; of a MultiTask, those of each task.
+        private: of private training, what was spent; see `PrivateFit.to_dict`.
     """
     folder = Path(folder)
     temporary = folder / f".{RECORD_FILE}.{os.getpid()}.tmp"
@@ -86,6 +88,7 @@ def write_record(
         record = {"model_sha256": file_sha256(folder / MODEL_FILE), "rows_sha256": data, "rows": rows}
         record |= {"held_out": held_out, "seed": seed, "target": target, "history": history}
         record |= {} if classes is None else {"classes": classes}
+        record |= {} if private is None else {"private": private}
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / RECORD_FILE)
     finally:

@@ -5,7 +5,7 @@ import torch
 from captum import attr
 from integrated import Net, assert_as_accurate, count_fused, fused, make, make_x, run_example, unfused_layers
 
-from fastenc import Classifier, Encoder
+from fastenc import Classifier, Encoder, to_plain
 from fastenc.activation import ACTIVATIONS
 
 pytestmark = [
@@ -93,6 +93,18 @@ def test_gradients_through_encoders(activation):
         return [integrated(model, x), of_layer]
 
     assert_as_accurate(run(model, torch.float32), run, unfused_layers([*model.encoder.layers, model.head]))
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "sigmoid", "tanh"])
+def test_deep_lift_of_plain_models(activation):
+    """to_plain gives captum the activation modules that it replaces the derivatives of."""
+    model = make(lambda: Classifier(Encoder(6, (8, 5), activation), 3))
+
+    def run(model, dtype):
+        return [deep_lift(model, make_x().to(dtype))]
+
+    plain = unfused_layers([*model.encoder.layers, model.head])
+    assert_as_accurate(run(to_plain(model), torch.float32), run, plain)
 
 
 def test_example():

@@ -14,7 +14,7 @@ from torchao.quantization import (
 )
 
 import fastenc
-from fastenc import Encoder, FusedDense, use_backend
+from fastenc import Classifier, Encoder, FusedDense, use_backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,6 +83,19 @@ def test_one_layer_of_an_encoder_quantised(quantised):
         expected = nn.Sequential(*layers)(make_x())
         assert torch.equal(encoder(make_x()), expected)
     torch.testing.assert_close(encoder(make_x()), expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_quantised_plain_models(config):
+    """to_plain gives torchao the nn.Linear that it looks for by itself."""
+    model = make(lambda: Classifier(Encoder(6, (8, 4), "gelu"), 3)).eval()
+    stock = unfused_layers([*model.encoder.layers, model.head]).eval()
+    plain = fastenc.to_plain(model)
+    assert torch.equal(plain(make_x()), stock(make_x()))
+    quantize_(plain, config())
+    quantize_(stock, config())
+    assert torch.equal(plain(make_x()), stock(make_x()))
+    assert not torch.equal(plain(make_x()), model(make_x()))
 
 
 def test_example():

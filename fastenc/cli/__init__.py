@@ -1,4 +1,4 @@
-"""The command line: `fastenc train | finetune | encode | evaluate | serve | tune | info | bench`.
+"""The command line: `fastenc train | finetune | encode | evaluate | explain-features | serve | tune | info | bench`.
 
 The same as `python -m fastenc`.
 
@@ -16,7 +16,7 @@ except ModuleNotFoundError:
     print('fastenc: the command line needs typer; run: pip install "fastenc[app]"', file=sys.stderr)
     raise SystemExit(2) from None
 
-from . import encode, evaluate, finetune, machine, serve, train
+from . import encode, evaluate, explain_features, finetune, machine, serve, train
 from .app import make_app
 
 # In the order of the help.
@@ -25,6 +25,7 @@ COMMANDS = (
     finetune.finetune,
     encode.encode,
     evaluate.evaluate,
+    explain_features.explain_features,
     serve.serve,
     machine.tune,
     machine.info,

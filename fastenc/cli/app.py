@@ -52,7 +52,7 @@ def make_app(commands: Iterable[Callable[..., None]]) -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(root)
     for command in commands:
-        app.command(command.__name__)(grouped(command))
+        app.command(command.__name__.replace("_", "-"))(grouped(command))
     return app
 
 

@@ -16,7 +16,7 @@ from ..finetuning.pretraining import METHODS, OPTIONS
 from ..finetuning.targets import TASKS
 from ..frontends import kind_of
 from ..frontends.kinds import TABLE
-from ..labelled import prepare, save
+from ..labelled import prepare, save, train_privately
 from ..labelled import train as train_with_labels
 from ..multitask import ONE_ROW_LOSSES
 from ..pipeline import check_model_folder, one_sentence
@@ -39,6 +39,7 @@ from .options import (
     positive,
     report_rows,
 )
+from .privacy import Privacy, what_is_covered
 
 FINETUNING_LOSSES = ("cross_entropy", "mse", "mae", "huber", "cosine", "triplet")
 SEVERAL = "of several targets COLUMN=NAME, once for each"
@@ -263,6 +264,7 @@ def finetune(
     preparation: Preparation,
     augmentation: Augmentation,
     fitting: Fitting,
+    privacy: Privacy,
     kind: KindOption = "auto",
     column: ColumnOption = None,
 ) -> None:
@@ -277,9 +279,10 @@ def finetune(
     target = one_or_several(targets.target)
     kind = kind_of(data, kind, target if isinstance(target, str) else None)
     if kind != TABLE:
-        refuse(kind, preparation, augmentation)
+        refuse(kind, preparation, augmentation, privacy)
         finetune_kind(kind, data, out, targets, beginning, pretraining, network, fitting, column)
         return
+    private = privacy.options(fitting, beginning, augmentation)
     with one_sentence():
         options = {
             **targets.options(),
@@ -295,23 +298,36 @@ def finetune(
     typer.echo(
         f"{len(prepared.rows) - held_out} rows to train on, {held_out} to validate on, {prepared.x.shape[1]} features"
     )
+    network_options: dict[str, Any] = {
+        "widths": parse_widths(network.widths),
+        "activation": network.activation,
+        "dropout": network.dropout,
+    }
     began = time.perf_counter()
-    result = train_with_labels(
-        labelled,
-        **options,
-        widths=parse_widths(network.widths),
-        activation=network.activation,
-        dropout=network.dropout,
-        epochs=fitting.epochs,
-        batch_size=fitting.batch_size,
-        patience=fitting.patience,
-    )
+    spent = None
+    if private is None:
+        result = train_with_labels(
+            labelled,
+            **options,
+            **network_options,
+            epochs=fitting.epochs,
+            batch_size=fitting.batch_size,
+            patience=fitting.patience,
+        )
+    else:
+        names = ("strategy", "encoder", "frozen", "task", "loss", "scale_targets", "seed")
+        chosen = {name: options[name] for name in names}
+        result, spent = train_privately(labelled, **chosen, **network_options, private=private)
     seconds = time.perf_counter() - began
-    save(result, labelled, out, split, seed, target)
+    save(result, labelled, out, split, seed, target, spent)
     if result.pretraining is not None:
         typer.echo(f"pre-training: {describe_history(result.pretraining.history)}; {result.pretraining.how}")
     typer.echo(f"training: {describe_history(result.history)}; {result.how}")
     typer.echo(f"{seconds:.1f} s; saved in {out}")
+    if spent is not None:
+        own = labelled.preprocessor if beginning.encoder is None else None
+        classes = result.classes is not None
+        typer.echo(f"{spent}\n{what_is_covered(own, len(prepared.rows) - held_out, classes)}")
 
 
 def finetune_kind(

@@ -15,7 +15,8 @@ from ..encoder import AutoEncoder, Encoder
 from ..explain import explain
 from ..frontends import kind_of
 from ..frontends.kinds import TABLE
-from ..pipeline import check_model_folder, existing_parent, run_in_chunks
+from ..pipeline import check_model_folder, existing_parent, one_sentence, run_in_chunks
+from ..private import PrivateFit, fit_private
 from ..record import write_record
 from ..report import dead_units
 from ..training import EarlyStopping, Trainer
@@ -33,6 +34,7 @@ from .options import (
     parse_widths,
     report_rows,
 )
+from .privacy import Privacy, what_is_covered
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -43,6 +45,7 @@ def train(
     network: Network,
     preparation: Preparation,
     fitting: Fitting,
+    privacy: Privacy,
     target: Annotated[
         list[str] | None,
         typer.Option(metavar="COLUMN", help="A column of labels: no feature, kept for evaluate. May be repeated."),
@@ -62,10 +65,11 @@ def train(
     """
     check_model_folder(out)
     options = fitting.trainer()
+    private = privacy.options(fitting)
     targets = one_or_several(target)
     kind = kind_of(data, kind, targets if isinstance(targets, str) else None)
     if kind != TABLE:
-        refuse(kind, preparation)
+        refuse(kind, preparation, privacy)
         if isinstance(targets, list) or dtype != "float32":
             raise DataError("a front end takes one --target and computes in float32; leave the others and --dtype out")
         train_items(data, kind, out, network, fitting, options, targets, column, loss)
@@ -85,14 +89,21 @@ def train(
     )
     model = AutoEncoder(encoder)
     typer.echo(f"backend for {explain(model, torch.from_numpy(rows.x[: fitting.batch_size]).to(DTYPES[dtype]))}")
+    validation = rows.x_held_out if len(rows.x_held_out) else None
     began = time.perf_counter()
-    history = Trainer(model, loss=loss, **options).fit(
-        rows.x,
-        epochs=fitting.epochs,
-        batch_size=fitting.batch_size,
-        validation_data=rows.x_held_out if len(rows.x_held_out) else None,
-        callbacks=[EarlyStopping(patience=fitting.patience)] if fitting.patience is not None else [],
-    )
+    spent: PrivateFit | None = None
+    if private is None:
+        history = Trainer(model, loss=loss, **options).fit(
+            rows.x,
+            epochs=fitting.epochs,
+            batch_size=fitting.batch_size,
+            validation_data=validation,
+            callbacks=[EarlyStopping(patience=fitting.patience)] if fitting.patience is not None else [],
+        )
+    else:
+        with one_sentence():
+            spent = fit_private(model, rows.x, loss=loss, validation_data=validation, **private)
+        history = spent.history
     seconds = time.perf_counter() - began
     model.save_pretrained(out, preprocessing=rows.preprocessor.to_dict())
     write_record(
@@ -102,7 +113,8 @@ def train(
         held_out=fitting.validation_split,
         seed=fitting.seed,
         target=targets,
-        history=history.history,
+        history=history.history if spent is None else spent.validation_history,
+        private=None if spent is None else spent.to_dict(),
     )
     losses = ", ".join(f"{name} {values[-1]:.6g}" for name, values in history.history.items())
     typer.echo(f"{len(history.epoch)} epochs in {seconds:.1f} s: {losses}")
@@ -110,3 +122,5 @@ def train(
     if dead:
         typer.echo(f"{len(dead)} of the code's {encoder.out_features} units never change, and so tell nothing")
     typer.echo(f"saved in {out}")
+    if spent is not None:
+        typer.echo(f"{spent}\n{what_is_covered(rows.preprocessor, len(rows.x))}")
