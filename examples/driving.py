@@ -1,6 +1,6 @@
 """A car's place, and faults of its sensors, from the last two seconds of camera, lidar and inertial readings.
 
-    python examples/driving.py               # a minute and a half; the pictures go to out/driving
+    python examples/driving.py               # one to two minutes; the pictures go to out/driving
 
 The drives are simulated, with drop-outs of the sensors: driving_world.py has the equations, and the extended Kalman
 filter that this is compared with. Two models are learned on drives without faults and scored on others:
@@ -68,7 +68,7 @@ def main() -> None:
         args.out,
         [
             Row("driving: error of the place, m", mean[NET], f"Kalman {KNOWN}", mean[KNOWN], higher=False),
-            Row("driving: the same, started anywhere, m", mean[STARTED], f"Kalman {LOST}", mean[LOST], higher=False),
+            Row("driving: the same, filter started by network, m", mean[STARTED], f"Kalman {LOST}", mean[LOST], higher=False),
             *(
                 Row(f"driving: {kind}, ROC AUC", np.mean(areas["network"][kind]), "Kalman filter, NIS", np.mean(found))
                 for kind, found in areas["filter"].items()
