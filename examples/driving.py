@@ -68,7 +68,9 @@ def main() -> None:
         args.out,
         [
             Row("driving: error of the place, m", mean[NET], f"Kalman {KNOWN}", mean[KNOWN], higher=False),
-            Row("driving: the same, filter started by network, m", mean[STARTED], f"Kalman {LOST}", mean[LOST], higher=False),
+            Row(
+                "driving: the filter, started by network, m", mean[STARTED], f"Kalman {LOST}", mean[LOST], higher=False
+            ),
             *(
                 Row(f"driving: {kind}, ROC AUC", np.mean(areas["network"][kind]), "Kalman filter, NIS", np.mean(found))
                 for kind, found in areas["filter"].items()
