@@ -39,12 +39,17 @@ def write_results(out: Path, rows: Sequence[Row]) -> None:
     (out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
-def arguments(description: str, name: str, *, epochs: int, seeds: int) -> Any:
-    """The parsed command line; the output folder is made, and PyTorch runs on one thread, which suits small models."""
+def arguments(description: str, name: str, *, epochs: int, seeds: int, rows: int | None = None) -> Any:
+    """The parsed command line; the output folder is made, and PyTorch runs on one thread, which suits small models.
+
+    rows: with an option for how many rows of the data are taken; this many by default.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=Path("out") / name, help="folder for the picture (%(default)s)")
     parser.add_argument("--epochs", type=int, default=epochs, help="passes over the training rows (%(default)s)")
     parser.add_argument("--seeds", type=int, default=seeds, help="how often, each from other numbers (%(default)s)")
+    if rows is not None:
+        parser.add_argument("--rows", type=int, default=rows, help="of the data (%(default)s)")
     found = parser.parse_args()
     found.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
