@@ -102,6 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/language"), help="folder for pictures (%(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training texts (%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="how often, each from other numbers (%(default)s)")
+    parser.add_argument("--functions", type=int, default=300, help="of each part of SciPy, at most (%(default)s)")
     parser.add_argument(
         "--pretrained", action=argparse.BooleanOptionalAction, default=True, help="all-MiniLM-L6-v2 as well"
     )
