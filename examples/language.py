@@ -49,7 +49,6 @@ PARTS = (
     *("integrate", "interpolate", "linalg", "ndimage", "optimize"),
     *("signal", "sparse", "spatial", "special", "stats"),
 )
-MOST = 300  # functions of a part
 BODY_WORDS, MOST_TOKENS = 60, 96  # of the paragraphs
 TEST_SHARE = 1 / 3
 EMBEDDED, WIDTHS = 256, (256, 128)
@@ -67,7 +66,7 @@ class Doc(NamedTuple):
 
 def main() -> None:
     args = arguments()
-    docs = read_docs()
+    docs = read_docs(args.functions)
     parts = np.array([doc.part for doc in docs])
     labels = torch.from_numpy(np.unique(parts, return_inverse=True)[1])
     accuracy: dict[str, list[float]] = {}
@@ -103,6 +102,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/language"), help="folder for pictures (%(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training texts (%(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="how often, each from other numbers (%(default)s)")
+    parser.add_argument("--functions", type=int, default=300, help="of each part of SciPy, at most (%(default)s)")
     parser.add_argument(
         "--pretrained", action=argparse.BooleanOptionalAction, default=True, help="all-MiniLM-L6-v2 as well"
     )
@@ -112,25 +112,21 @@ def arguments() -> argparse.Namespace:
     return found
 
 
-def read_docs() -> list[Doc]:
-    """The docstrings of functions and classes, each sentence and each body once; at most MOST of a part."""
-    spec = importlib.util.find_spec("scipy")
-    folder = Path(spec.submodule_search_locations[0])
+def read_docs(most: int) -> list[Doc]:
+    """The docstrings of functions and classes, each sentence and each body once; `most` of a part, of random files."""
+    folder = Path(importlib.util.find_spec("scipy").submodule_search_locations[0])
     docs: list[Doc] = []
     seen: set[str] = set()
     for part in PARTS:
-        found = []
-        for path in sorted((folder / part).rglob("*.py")):
-            if "tests" in path.parts:
-                continue
-            for text in docstrings(path):
-                doc = Doc(part, *sentence_and_body(text))
-                if len(doc.sentence.split()) < 4 or len(doc.body.split()) < 10 or seen & {doc.sentence, doc.body}:
-                    continue
+        paths = sorted(path for path in (folder / part).rglob("*.py") if "tests" not in path.parts)
+        texts = (text for row in np.random.RandomState(0).permutation(len(paths)) for text in docstrings(paths[row]))
+        found = 0
+        while found < most and (text := next(texts, None)) is not None:
+            doc = Doc(part, *sentence_and_body(text))
+            if len(doc.sentence.split()) >= 4 and len(doc.body.split()) >= 10 and not seen & {doc.sentence, doc.body}:
                 seen |= {doc.sentence, doc.body}
-                found.append(doc)
-        random = np.random.RandomState(0)  # which any version of numpy keeps
-        docs += [found[number] for number in sorted(random.permutation(len(found))[:MOST])]
+                docs.append(doc)
+                found += 1
     return docs
 
 
@@ -275,8 +271,16 @@ def _encode(tokenizer, model: nn.Module, texts: list[str]) -> np.ndarray:
 def draw_map(vectors: np.ndarray, parts: np.ndarray, path: Path) -> None:
     """The sentences' vectors, fine-tuned without any label, in the plane."""
     points = TSNE(metric="cosine", init="pca", random_state=0).fit_transform(vectors)
-    title = "Sentences of functions never seen, by vectors fine-tuned for search"
-    plots.save_plot(lambda axes: plots.draw_map(axes, points, parts, title), path, (10, 8))
+
+    def draw(axes) -> None:
+        for part, colour in zip(PARTS, plots.TEN_COLOURS, strict=True):
+            axes.scatter(*points[parts == part].T, s=36, color=colour, linewidths=0, label=part)
+        axes.set_title("Sentences of functions never seen, by vectors fine-tuned for search, without labels")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=1.5)
+
+    plots.save_plot(draw, path, (11, 8))
 
 
 if __name__ == "__main__":
