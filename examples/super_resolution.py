@@ -166,13 +166,14 @@ def draw(figure: Any, pictures: dict[str, np.ndarray]) -> None:
             axes.imshow(picture[top : top + side, left : left + side] if part else picture, interpolation="nearest")
             axes.set_title("" if part else name)
             axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
             axes.grid(visible=False)
             if not part:
                 xs, ys = [left, left + side], [top, top + side]
                 axes.plot(
                     [xs[0], xs[1], xs[1], xs[0], xs[0]],
                     [ys[0], ys[0], ys[1], ys[1], ys[0]],
-                    color=plots.ORANGE,
+                    color="white",
                     linewidth=1.5,
                 )
 

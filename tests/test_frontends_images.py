@@ -231,7 +231,17 @@ def test_each_bad_file_is_one_sentence_with_its_name_and_the_cure(tmp_path):
         ImageReader().fit([])
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # some of what is broken is read, with a warning
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_how_many_pixels_are_decoded_is_pillows_limit(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    content = encoded(random_image(11, 10))
+    with pytest.raises(DataError, match="more than the 100 pixels"):
+        ImageReader().read(content)
+    assert ImageReader().read(encoded(random_image(10, 10))).shape == (3, 10, 10)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert ImageReader().read(content).shape == (3, 11, 10)
+
+
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
 def test_broken_bytes_are_read_or_refused(form):
     """Whatever Pillow raises inside, nothing but a DataError comes out."""
