@@ -39,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise DataError(
             f"{host}, port {port}, cannot be listened on ({reason}); give another --host or --port"
         ) from error
-    # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is said, which create_server leaves at 0.
+    # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is said; create_server leaves it at 0.
     return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=made.detach())
 
 
