@@ -5,7 +5,7 @@
 
 Starts the server as a process of its own, on random weights, and asks from this one: each client sends a request of
 one row, waits for the answer, and sends the next. Both processes share the machine, so figures are of the two together.
-Prints a table in Markdown.
+The CPU time is what a busy machine changes least. Prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
+import os
 import re
 import subprocess
 import sys
@@ -38,7 +40,10 @@ MODELS = {"64-128-64-32-16": (128, 64, 32, 16), "64-2048-2048-512-64": (2048, 20
 WAYS = {"joined": (), "one by one": ("--batch-rows", "1")}
 CLIENTS = (1, 16, 64)
 WARM_UP = 0.5  # seconds that are not counted
-HEADER = ("model", "clients", "requests", "requests/s", "p50, ms", "p99, ms", "rows in a call of the model")
+HEADER = (
+    *("model", "clients", "requests", "requests/s", "p50, ms", "p99, ms", "rows in a call of the model"),
+    "CPU time of the server, ms a request",
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for model in parsed.models:
             path = save_model(Path(folder) / model, MODELS[model])
             for way, options in WAYS.items():
-                with server(path, "--threads", str(parsed.threads), *options) as url:
+                with server(path, "--threads", str(parsed.threads), *options) as (url, process):
                     for clients in parsed.clients:
-                        load, joined = measure(url, clients, parsed.seconds)
-                        rows.append([model, str(clients), way, *load.cells(), f"{joined:.1f}"])
+                        rows.append([model, str(clients), way, *measure(url, process, clients, parsed.seconds)])
                         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     print(f"{machine['cpu']}, {machine['cores']} cores, {parsed.threads} threads of the model, {machine['time']}")
@@ -89,8 +93,8 @@ def save_model(folder: Path, widths: Sequence[int]) -> Path:
 
 
 @contextmanager
-def server(folder: Path, *options: str) -> Iterator[str]:
-    """The address of a `fastenc serve` that runs as long as this."""
+def server(folder: Path, *options: str) -> Iterator[tuple[str, int]]:
+    """The address and process number of a `fastenc serve` that runs as long as this."""
     command = [sys.executable, "-m", "fastenc", "serve", str(folder), "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -98,19 +102,29 @@ def server(folder: Path, *options: str) -> Iterator[str]:
             found = re.search(r"http://\S+/", child.stdout.readline())
             if found is None:
                 raise RuntimeError("fastenc serve did not start; its error is above")
-            yield found[0]
+            yield found[0], child.pid
         finally:
             child.terminate()
             child.wait()
 
 
-def measure(url: str, clients: int, seconds: float) -> tuple[Load, float]:
-    """What so many clients see, and how many rows a call of the model had."""
+def measure(url: str, process: int, clients: int, seconds: float) -> list[str]:
+    """A row of the table, from "requests/s" on: what so many clients see, and what it costs the server."""
     asyncio.run(ask(url, clients, WARM_UP))
-    before = calls_of_the_model(url)
+    before, started = calls_of_the_model(url), cpu_seconds(process)
     load = asyncio.run(ask(url, clients, seconds))
+    used = cpu_seconds(process) - started
     rows, calls = np.subtract(calls_of_the_model(url), before)
-    return load, rows / calls
+    return [*load.cells(), f"{rows / calls:.1f}", f"{1e3 * used / len(load.latencies):.2f}"]
+
+
+def cpu_seconds(process: int) -> float:
+    """That a process has used; NaN where there is no /proc."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return math.nan
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime of proc(5)
 
 
 def calls_of_the_model(url: str) -> tuple[float, float]:

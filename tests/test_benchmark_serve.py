@@ -20,10 +20,11 @@ def test_the_load_test_prints_a_table(capsys):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[1:3] for row in cells] == [["1", "joined"], ["6", "joined"], ["1", "one by one"], ["6", "one by one"]]
     for row in cells:
-        rate, p50, p99, joined = (float(cell.replace(",", "")) for cell in row[3:])
+        rate, p50, p99, joined, cpu = (float(cell.replace(",", "")) for cell in row[3:])
         assert rate > 0
         assert 0 < p50 <= p99
         assert joined >= 1
+        assert cpu > 0
     assert float(cells[0][6]) == float(cells[2][6]) == float(cells[3][6]) == 1.0  # nobody to join, or not allowed to
 
 

@@ -6,15 +6,17 @@ import threading
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from accuracy import Worst
-from http_service import NumbersReader, integer_model, save_model, wait_until
+from http_service import NumbersReader, integer_model, people, save_model, wait_until
 
 import fastenc
+from fastenc.data import DataError
 from fastenc.pipeline import SavedModel
 from fastenc.serving.batching import Batcher, ClosedError, FullError
-from fastenc.serving.served import ITEMS_AT_ONCE, ServedModel
+from fastenc.serving.served import ITEMS_AT_ONCE, Inputs, ServedModel
 
 
 class Model:
@@ -161,9 +163,9 @@ def test_joined_rows_give_what_they_give_alone(tmp_path, widths):
     x = np.random.default_rng(0).normal(size=(200, 20))
     served = ServedModel(SavedModel(save_model(tmp_path / "model", x, widths=widths)))
     rows = served.saved.prepare("x", x).x
-    requests = np.split(rows, [1, 2, 9, 40, 41, 42, 120])
-    joined = np.concatenate(served.encode(requests))
-    alone = np.concatenate([served.encode([request])[0] for request in requests])
+    requests = [Inputs(part) for part in np.split(x, [1, 2, 9, 40, 41, 42, 120])]
+    joined = np.concatenate([each.vectors for each in served.encode(requests)])
+    alone = np.concatenate([served.encode([request])[0].vectors for request in requests])
     encoder = served.saved.encoder
     with torch.inference_mode(), fastenc.use_backend("reference"):
         eager = encoder(torch.from_numpy(rows))
@@ -182,8 +184,66 @@ def test_joined_items_give_what_they_give_alone_to_the_bit():
     saved.model = saved.encoder = integer_model().eval()
     saved.reader, saved.preprocessor = NumbersReader(), None
     served = ServedModel(saved)
-    requests = [arrays[:1], arrays[1:100], arrays[100:]]
-    joined = served.encode(requests)
+    requests = [Inputs(part) for part in (arrays[:1], arrays[1:100], arrays[100:])]
+    joined = [each.vectors for each in served.encode(requests)]
     assert [len(vectors) for vectors in joined] == [len(request) for request in requests]
-    alone = np.concatenate([served.encode([[array]])[0] for array in arrays])
+    alone = np.concatenate([served.encode([Inputs([array])])[0].vectors for array in arrays])
     np.testing.assert_array_equal(np.concatenate(joined), alone)
+
+
+def served_people(folder, **options):
+    return ServedModel(SavedModel(save_model(folder / "model", people(), **options)))
+
+
+def preparations(served, requests, monkeypatch):
+    """What is prepared of some requests, and how many times preprocessing was called for it."""
+    calls = []
+    prepare = served.saved.prepare
+    monkeypatch.setattr(served.saved, "prepare", lambda *arguments: calls.append(1) or prepare(*arguments))
+    return served._prepare(requests), len(calls)
+
+
+def assert_as_alone(parts, served, requests):
+    for part, request in zip(parts, requests, strict=True):
+        alone = served.saved.prepare("the rows", request.rows)
+        np.testing.assert_array_equal(part.x, alone.x)
+        np.testing.assert_array_equal(part.rows, alone.rows)
+        assert (part.dropped, part.unseen) == (alone.dropped, alone.unseen)
+
+
+@pytest.mark.parametrize("missing", ["impute", "drop"])
+def test_tables_are_prepared_together_and_give_the_same_bits(tmp_path, monkeypatch, missing):
+    served = served_people(tmp_path, missing=missing)
+    frame = people()
+    whole = frame.iloc[10:20].assign(age=range(10))  # whole numbers where others have fractions
+    requests = [Inputs(part) for part in (frame.iloc[:1], frame.iloc[2:10], whole, frame.iloc[30:])]
+    parts, calls = preparations(served, requests, monkeypatch)
+    assert calls == 1
+    assert_as_alone(parts, served, requests)
+    assert parts[1].dropped == (missing == "drop")
+
+
+def test_tables_that_are_not_alike_are_prepared_apart(tmp_path, monkeypatch):
+    served = served_people(tmp_path)
+    frame = people()
+    numbers = frame.assign(colour=range(40))  # in no category, and text beside them would make them text
+    for other in (numbers, frame[["height", "colour", "age"]], frame.assign(colour="octarine"), frame.assign(more=1)):
+        requests = [Inputs(frame), Inputs(other)]
+        parts, calls = preparations(served, requests, monkeypatch)
+        assert calls >= 2
+        assert_as_alone(parts, served, requests)
+        monkeypatch.undo()
+
+
+def test_a_table_that_cannot_be_prepared_does_not_spoil_another(tmp_path):
+    served = served_people(tmp_path, missing="drop")
+    batcher = Batcher(served.encode, batch_rows=100, wait_s=60.0, queue=9)
+    frame = people()
+    bad = [frame[3:4], frame.assign(age="old"), pd.DataFrame({"age": [1.0]})]
+    with batcher.enter(), batcher.enter(), batcher.enter(), batcher.enter(), batcher.enter():
+        answers = [batcher.submit(Inputs(rows), len(rows)) for rows in (frame[:3], *bad, frame[4:6])]
+        assert [len(answers[place].result(60).vectors) for place in (0, 4)] == [3, 2]
+        for place, words in ((1, "1 of 1"), (2, "'age' held numbers"), (3, "no column")):
+            with pytest.raises(DataError, match=words):
+                answers[place].result(60)
+    batcher.close()

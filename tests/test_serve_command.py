@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -169,6 +170,12 @@ def test_what_cannot_be_served_is_one_sentence(folder, tmp_path):
         port = taken.getsockname()[1]
         assert f"port {port}, cannot be listened on" in fail(folder, "--port", port)
     assert "cannot be listened on" in fail(folder, "--host", "192.0.2.1", "--port", 0, "--token", TOKEN)
+
+
+def test_answers_are_sent_at_once():
+    """Not after the 40 ms that Nagle's algorithm and delayed acknowledgements make together."""
+    with listen("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP  # what asyncio goes by
 
 
 def test_a_server_for_others_needs_a_token(folder):

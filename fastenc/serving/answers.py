@@ -7,29 +7,30 @@ from typing import Any
 
 import numpy as np
 
-from .served import Inputs
+from .served import Encoded, Inputs
 from .settings import RefusedError
 
 
-def to_json(inputs: Inputs, vectors: np.ndarray, with_map: bool) -> bytes:
-    """The answer to a request; `vectors` are float32 `[rows, width]`.
+def to_json(inputs: Inputs, encoded: Encoded, with_map: bool) -> bytes:
+    """The answer to a request.
 
     Raises:
         RefusedError: a vector has NaN or Inf, which JSON does not know.
     """
+    vectors = encoded.vectors
     finite = np.isfinite(vectors).all(1)
     if not finite.all():
         row = int(np.argmin(finite))
-        row = row if inputs.source_rows is None else int(inputs.source_rows[row])
+        row = row if encoded.source_rows is None else int(encoded.source_rows[row])
         raise RefusedError(422, f"the vector of row {row}, counted from 0, overflows; correct the values of that row")
     answer: dict[str, Any] = {"vectors": vectors.tolist(), "rows": vectors.shape[0], "width": vectors.shape[1]}
     if inputs.names is not None:
         answer["names"] = list(inputs.names)
-    if inputs.source_rows is not None:
-        answer["source_rows"] = inputs.source_rows.tolist()
-        answer["dropped"] = inputs.dropped
-    if inputs.unseen:
-        answer["unseen"] = inputs.unseen
+    if encoded.source_rows is not None:
+        answer["source_rows"] = encoded.source_rows.tolist()
+        answer["dropped"] = encoded.dropped
+    if encoded.unseen:
+        answer["unseen"] = encoded.unseen
     if with_map:
         points, explained = principal_plane(vectors)
         answer["map"] = {"points": points.tolist(), "explained": explained.tolist()}

@@ -161,8 +161,8 @@ def make_app(saved: SavedModel, settings: Settings) -> "FastAPI":
         parse = from_json if isinstance(body, bytes) else from_files
         size = len(body) if isinstance(body, bytes) else sum(len(content) for _, content in body)
         inputs = await call(parse, body, served, settings, small=size <= SMALL and served.reader is None)
-        vectors = await asyncio.wrap_future(batcher.submit(inputs.rows, len(inputs)))
-        return await call(to_json, inputs, vectors, with_map, small=vectors.nbytes <= SMALL)
+        encoded = await asyncio.wrap_future(batcher.submit(inputs, len(inputs)))
+        return await call(to_json, inputs, encoded, with_map, small=encoded.vectors.nbytes <= SMALL)
 
     @app.post("/encode")
     async def encode(request: Request, with_map: Annotated[bool, Query(alias="map")] = False) -> Response:

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 
 class FullError(Exception):
     """There are as many requests in the server as may be."""
@@ -26,7 +24,7 @@ class ClosedError(Exception):
 class _Job:
     rows: Any
     count: int
-    answer: Future[np.ndarray]
+    answer: Future[Any]
 
 
 class Batcher:
@@ -37,7 +35,7 @@ class Batcher:
     for several requests, each of them is tried alone, so that one does not spoil the others.
 
     Args:
-        encode: the rows of some requests -> the vectors of each, called in one thread only.
+        encode: what some requests send -> what each of them gets, called in one thread only.
         batch_rows: the most rows in a call; a request of more has a call of its own.
         wait_s: seconds.
         queue: requests that may be in the server at once.
@@ -46,7 +44,7 @@ class Batcher:
 
     def __init__(
         self,
-        encode: Callable[[Sequence[Any]], Sequence[np.ndarray]],
+        encode: Callable[[Sequence[Any]], Sequence[Any]],
         *,
         batch_rows: int,
         wait_s: float,
@@ -96,8 +94,8 @@ class Batcher:
                 self._entered -= 1
                 self._change.notify()
 
-    def submit(self, rows: Any, count: int) -> Future[np.ndarray]:
-        """The vectors of `count` rows, when they are there.
+    def submit(self, rows: Any, count: int) -> Future[Any]:
+        """What `encode` gives for these rows, `count` of them, when it is there.
 
         Raises:
             ClosedError: `close` was called.

@@ -19,7 +19,6 @@ from .served import TEXT_KINDS, Inputs, ServedModel
 from .settings import RefusedError, Settings
 
 NAME_LENGTH = 100  # letters of a file's name that are kept
-TOO_LARGE = "a number is too large for float64; correct it"
 
 
 def from_json(body: bytes, served: ServedModel, settings: Settings) -> Inputs:
@@ -108,7 +107,7 @@ def _from_rows(rows: list[Any], served: ServedModel) -> Inputs:
         if type(row) is not kind or kind not in (list, dict):
             what = "a list of values" if served.columns is None else "a list of values or an object"
             raise RefusedError(422, f"row {number}, counted from 0, must be {what}, as all others")
-    return _prepared("the rows", _table(rows, served) if kind is dict else _array(rows, served), served)
+    return Inputs(_table(rows, served) if kind is dict else _array(rows, served))
 
 
 def _table(rows: list[dict[str, Any]], served: ServedModel) -> Any:
@@ -153,7 +152,7 @@ def _array(rows: list[list[Any]], served: ServedModel) -> Any:
     try:
         return np.array([[np.nan if value is None else float(value) for value in row] for row in rows])
     except OverflowError as error:
-        raise DataError(f"the rows: {TOO_LARGE}") from error
+        raise DataError("a number is too large for float64; correct it") from error
 
 
 def _from_table(path: Path, shown: str, served: ServedModel, settings: Settings) -> Inputs:
@@ -164,20 +163,8 @@ def _from_table(path: Path, shown: str, served: ServedModel, settings: Settings)
         check_count(len(features), settings)
         if isinstance(features, np.ndarray) and served.dates:
             raise DataError(f"{shown} has no names of columns, and {served.dates[0]!r} is one of dates; send a table")
-        return _prepared(shown, features, served)
-
-
-def _prepared(shown: str, features: Any, served: ServedModel) -> Inputs:
-    try:
-        prepared = served.saved.prepare(shown, features)
-    except OverflowError as error:
-        raise DataError(f"{shown}: {TOO_LARGE}") from error
-    return Inputs(
-        prepared.x,
-        source_rows=prepared.rows if prepared.dropped else None,
-        dropped=prepared.dropped,
-        unseen=prepared.unseen,
-    )
+        # A map of the file would outlive it.
+        return Inputs(np.array(features) if isinstance(features, np.ndarray) else features, shown)
 
 
 def _from_items(paths: Sequence[tuple[Path, str]], served: ServedModel, settings: Settings) -> Inputs:
@@ -191,7 +178,7 @@ def _from_items(paths: Sequence[tuple[Path, str]], served: ServedModel, settings
             check_count(len(arrays) + len(found), settings)
             arrays += [reader.read(item) for item in found.items]
         names += [_name(name.replace(path.name, shown), shown, alone=len(paths) == 1) for name in found.names]
-    return Inputs(arrays, names)
+    return Inputs(arrays, names=names)
 
 
 def _name(name: str, shown: str, *, alone: bool) -> str:

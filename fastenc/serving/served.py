@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data import DataError, Prepared
 from ..data.dates import PARTS
+from ..data.extras import require
 from ..pipeline import SavedModel, run_in_chunks
 
 TABLES = (".csv", ".npy", ".parquet")
@@ -19,24 +21,37 @@ ITEMS_AT_ONCE = 64  # padded together
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What one request asks for.
+    """What one request sends.
 
     Attributes:
-        rows: float32 `[rows, features]`, or a list of arrays that a Reader gave.
-        names: of each, for people; None where they are rows of a table.
-        source_rows: `[rows]`, of each its row in what was sent, where some have been left out; None where none were.
+        rows: an array or a DataFrame `[rows, columns]`, not yet prepared; or a list of arrays that a Reader gave.
+        shown: what to call it in errors.
+        names: of each row, for people; None where they are rows of a table.
+    """
+
+    rows: Any
+    shown: str = "the rows"
+    names: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What one request gets.
+
+    Attributes:
+        vectors: float32 `[kept, width]`.
+        source_rows: `[kept]`, of each its row in what was sent, where some have been left out; None where none were.
         dropped: how many rows were left out because a value was missing.
         unseen: how many texts were in no category.
     """
 
-    rows: Any
-    names: Sequence[str] | None = None
+    vectors: np.ndarray
     source_rows: np.ndarray | None = None
     dropped: int = 0
     unseen: int = 0
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 class ServedModel:
@@ -63,6 +78,7 @@ class ServedModel:
         self.in_features: int | None = None
         self.numbers: int | None = None
         self.takes_arrays = True
+        self._number_names: set[str] = set()
         self.endings = TABLES
         if self.reader is not None:
             # Texts and series come in tables, too.
@@ -73,13 +89,16 @@ class ServedModel:
         if saved.preprocessor is not None:
             state = saved.preprocessor.to_dict()
             self.dates = state.get("date_columns", [])
+            self._number_names = {
+                name for name, kind in zip(state["columns"], state["kinds"], strict=True) if kind == "number"
+            }
             parts = {f"{name}.{part}" for name in self.dates for part in PARTS}
             if state["named"]:
                 self.takes_arrays = set(state["kinds"]) == {"number"}
                 self.columns = [name for name in state["columns"] if name not in parts] + self.dates
             else:
                 self.numbers = len(state["columns"])
-        self.encode([np.zeros((1, self.in_features), np.float32)])  # so that the first request is as quick as others
+        self._run([np.zeros((1, self.in_features), np.float32)])  # so that the first request is as quick as others
 
     @property
     def kind(self) -> str:
@@ -96,18 +115,66 @@ class ServedModel:
         found["texts"] = self.kind in TEXT_KINDS
         return found
 
-    def encode(self, requests: Sequence[Any]) -> list[np.ndarray]:
-        """`Inputs.rows` of some requests -> their vectors, float32 `[rows, width]` each.
+    def encode(self, requests: Sequence[Inputs]) -> list[Encoded]:
+        """What each of some requests gets: prepared together, and encoded in one call.
 
         What a row gives does not depend on what else is in the call, but for rounding: a product of matrices may add
         up in another order for another number of rows.
+
+        Raises:
+            DataError: one of the requests cannot be used.
         """
-        lengths = [len(rows) for rows in requests]
-        if self.reader is None:
-            vectors = np.concatenate(list(run_in_chunks(self.saved.encoder, np.concatenate(requests))))
-        else:
-            vectors = self._encode_items([array for rows in requests for array in rows])
-        return np.split(vectors, np.cumsum(lengths)[:-1])
+        if self.reader is not None:
+            vectors = self._encode_items([array for request in requests for array in request.rows])
+            return [Encoded(each) for each in np.split(vectors, np.cumsum([len(each) for each in requests])[:-1])]
+        prepared = self._prepare(requests)
+        return [
+            Encoded(vectors, each.rows if each.dropped else None, each.dropped, each.unseen)
+            for vectors, each in zip(self._run([each.x for each in prepared]), prepared, strict=True)
+        ]
+
+    def _prepare(self, requests: Sequence[Inputs]) -> list[Prepared]:
+        """Preprocessing works row by row, and its cost is nearly all by the call."""
+        joined = self._join([request.rows for request in requests])
+        whole = None if joined is None else self._prepare_one(Inputs(joined))
+        if whole is None or whole.unseen:  # of which request is not known
+            return [self._prepare_one(request) for request in requests]
+        ends = np.cumsum([len(request) for request in requests])
+        cuts = np.searchsorted(whole.rows, ends)
+        parts = []
+        for request, start, low, high in zip(requests, [0, *ends[:-1]], [0, *cuts[:-1]], cuts, strict=True):
+            if low == high:  # all of its rows have missing values: an error, which says so
+                parts.append(self._prepare_one(request))
+                continue
+            kept = slice(low, high)
+            parts.append(Prepared(whole.x[kept], whole.rows[kept] - start, len(request) - (high - low), 0))
+        return parts
+
+    def _prepare_one(self, request: Inputs) -> Prepared:
+        try:
+            return self.saved.prepare(request.shown, request.rows)
+        except OverflowError as error:
+            raise DataError(f"{request.shown}: a number is too large for float64; correct it") from error
+
+    def _join(self, tables: Sequence[Any]) -> Any:
+        """Tables or arrays as one; None for one alone, and where a column would become of another type."""
+        first = tables[0]
+        if len(tables) == 1 or any(type(table) is not type(first) for table in tables):
+            return None
+        if isinstance(first, np.ndarray):
+            return np.concatenate(tables) if len({table.shape[1] for table in tables}) == 1 else None
+        if not all(list(table.columns) == list(first.columns) for table in tables):
+            return None
+        for column, *types in zip(first.columns, *(table.dtypes for table in tables), strict=True):
+            numbers = column in self._number_names and all(each.kind in "iuf" for each in types)
+            if not numbers and any(each != types[0] for each in types):
+                return None
+        return require("pandas", "preprocessing tables").concat(tables, ignore_index=True)
+
+    def _run(self, blocks: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The vectors of each of some blocks of prepared rows."""
+        vectors = np.concatenate(list(run_in_chunks(self.saved.encoder, np.concatenate(blocks))))
+        return np.split(vectors, np.cumsum([len(block) for block in blocks])[:-1])
 
     def _encode_items(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """Those of about the same length together, so that little of a batch is padding."""

@@ -33,12 +33,14 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        made = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(
             f"{host}, port {port}, cannot be listened on ({reason}); give another --host or --port"
         ) from error
+    # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is said; create_server leaves it at 0.
+    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=made.detach())
 
 
 def address(listening: socket.socket) -> str:
