@@ -178,7 +178,7 @@ def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: in
                     sample_rate=sample_rate,
                     steps=steps,
                     accountant=_ACCOUNTANT,
-                    epsilon_tolerance=min(0.01, epsilon / 100),
+                    epsilon_tolerance=epsilon / 100,
                 )
             )
     except (ValueError, RuntimeError, OverflowError, FloatingPointError, MemoryError) as error:
