@@ -212,6 +212,12 @@ def test_bad_rows(quick):
         fit_private(make_model(), X * 1e38, epsilon=3.0, delta=1e-3)
 
 
+def test_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="private training is of one process"):
+        fit(make_classifier())
+
+
 def test_without_opacus(monkeypatch):
     monkeypatch.setitem(sys.modules, "opacus", None)
     with pytest.raises(
