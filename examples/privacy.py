@@ -111,7 +111,7 @@ def draw(figure: Any, accuracy: dict, attack: dict, spoiled_attack: dict) -> Non
     curve(right, spoiled_attack, plots.ORANGE, "a fifth of the labels wrong")
     curve(right, attack, plots.BLUE, "right labels")
     right.axhline(0.5, color="#555555", linestyle=(0, (4, 3)), linewidth=1.5, label="a guess")
-    right.set(title="What it takes from the attack", ylabel="ROC AUC of membership inference", ylim=(0.45, 1.0))
+    right.set(title="What it takes from the attack", ylabel="ROC AUC of membership inference", ylim=(0.45, 0.8))
     for axes in (left, right):
         axes.set_xlabel("epsilon (smaller: more private)")
         axes.set_xticks(range(len(names)), names)

@@ -133,7 +133,7 @@ class Attributions:
         axes.grid(False)
         unit = "of the code per unit" if self.method == "gradient" else "of the code"
         bar = axes.figure.colorbar(image, ax=axes, shrink=0.8)
-        bar.set_label(f"mean size {unit}; red: up with the feature, blue: down")
+        bar.set_label(f"mean part {unit}\nred: up with the feature, blue: down", fontsize=10)
 
     def picture_size(self) -> tuple[float, float]:
         """In inches, for `fastenc.plots.save_plot`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import warnings
 from dataclasses import dataclass
@@ -178,7 +179,7 @@ def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: in
                     sample_rate=sample_rate,
                     steps=steps,
                     accountant=_ACCOUNTANT,
-                    epsilon_tolerance=min(0.01, epsilon / 100),
+                    epsilon_tolerance=epsilon / 100,
                 )
             )
     except (ValueError, RuntimeError, OverflowError, FloatingPointError, MemoryError) as error:
@@ -267,6 +268,8 @@ def _check(
     epochs: int,
     batch_size: int,
 ) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("private training is of one process, whose noise is drawn once; start it without torchrun")
     for name, value in (("epsilon", epsilon), ("max_grad_norm", max_grad_norm)):
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name} is {value!r}; give a finite number above 0")

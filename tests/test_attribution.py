@@ -171,7 +171,7 @@ def test_the_command(people, tmp_path):
     model, data = people
     result = run("explain-features", model, data, "--out", tmp_path / "new" / "out", "--rows", 100)
     assert result.exit_code == 0, result.output
-    assert f"integrated-gradients over 100 of the 300, chosen at random, rows of {data}" in result.output
+    assert f"integrated-gradients over 100 of the 300 rows of {data}, chosen at random, beside" in result.output
     assert re.search(r"^code \d +(age|colour=red|colour=green) +\d+\.\d% ", result.output, re.MULTILINE)
     assert not re.search(r"^.* same .*%", result.output, re.MULTILINE)
     table = pd.read_csv(tmp_path / "new" / "out" / "attributions.csv")

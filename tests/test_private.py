@@ -51,7 +51,7 @@ def fit(model, **options):
 @pytest.mark.parametrize("epsilon", [0.5, 3.0, 8.0])
 def test_no_more_is_spent_than_was_asked_for(epsilon):
     done = fit(make_classifier(), epsilon=epsilon, epochs=2, batch_size=30)
-    assert epsilon - min(0.01, epsilon / 100) <= done.epsilon <= epsilon  # as near as the search goes
+    assert 0.99 * epsilon <= done.epsilon <= epsilon  # as near as the search goes
     assert (done.delta, done.max_grad_norm, done.sample_rate, done.steps) == (1e-3, 1.0, 0.25, 8)
     assert len(done.history.history["loss"]) == 2
     assert f"epsilon {done.epsilon:.4g} spent at delta 0.001: 8 steps" in str(done)
@@ -212,6 +212,12 @@ def test_bad_rows(quick):
         fit_private(make_model(), X * 1e38, epsilon=3.0, delta=1e-3)
 
 
+def test_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="private training is of one process"):
+        fit(make_classifier())
+
+
 def test_without_opacus(monkeypatch):
     monkeypatch.setitem(sys.modules, "opacus", None)
     with pytest.raises(
@@ -237,7 +243,7 @@ def test_the_command_line(tmp_path):
     )
     assert "the scale of the columns, medians of missing values; --scale none" in result.output
     record = json.loads((out / "training.json").read_text())
-    assert 2.99 <= record["private"]["epsilon"] <= 3.0
+    assert 2.97 <= record["private"]["epsilon"] <= 3.0
     assert list(record["history"]) == ["val_loss"]  # the training rows' loss has no noise
     assert load_pretrained(out).encoder.widths == (16, 4)
     assert run("evaluate", out, "digits").exit_code == 0
@@ -261,7 +267,7 @@ def test_the_command_line_with_labels(tmp_path):
     assert result.exit_code == 0, result.output
     assert "learned without noise: the names of the classes, the scale of the columns, medians" in result.output
     record = json.loads((out / "training.json").read_text())
-    assert 7.99 <= record["private"]["epsilon"] <= 8.0
+    assert 7.92 <= record["private"]["epsilon"] <= 8.0
     assert sorted(record["history"]) == ["val_accuracy", "val_loss"]
     assert record["history"]["val_accuracy"][-1] > 0.3  # a guess is right once in ten
     assert record["classes"] == [str(digit) for digit in range(10)]

@@ -60,8 +60,10 @@ def explain_features(
             codes=code or None,
             feature_names=None if saved.preprocessor is None else saved.preprocessor.feature_names,
         )
-    chosen = f"all {total}" if len(x) == total else f"{len(x)} of the {total}, chosen at random,"
-    typer.echo(f"{method} over {chosen} rows of {data}, beside their mean\n\n{found.table(top)}")
+    which = f"all {total} rows of {data}"
+    if len(x) < total:
+        which = f"{len(x)} of the {total} rows of {data}, chosen at random"
+    typer.echo(f"{method} over {which}, beside their mean\n\n{found.table(top)}")
     if found.dead:
         typer.echo(f"\nno input drives {', '.join(f'code {each}' for each in found.dead)}")
     if out is not None:
