@@ -65,7 +65,8 @@ def cells(name: str, row: dict) -> tuple[str, ...]:
 def to_markdown(found: list[tuple[str, ...]]) -> str:
     lines = [COLUMNS, ("---",) * len(COLUMNS)]
     lines += [(f"[{name}]({PROGRAMS[name]}.md)", *others) for name, *others in found]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    rest = "\nWhich inputs drive which codes: [interpretability](interpretability.md).\n"
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + rest
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def run(name, *args):
     command = [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     return result
 

@@ -21,7 +21,8 @@ def test_every_program_has_its_page():
     for program, page in everything.PROGRAMS.items():
         assert (EXAMPLES / f"{program}.py").is_file()
         assert (everything.PAGES / f"{page}.md").is_file()
-    assert {path.stem for path in everything.PAGES.glob("*.md")} == {*everything.PROGRAMS.values(), "README"}
+    pages = {path.stem for path in everything.PAGES.glob("*.md")}
+    assert pages == {*everything.PROGRAMS.values(), "README", "interpretability"}  # a command, not a program
 
 
 def test_the_docs_table_has_every_program():
