@@ -32,6 +32,13 @@ def folder(tmp_path):
     return save_model(tmp_path / "model", people())
 
 
+@pytest.fixture
+def token_file(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text(f"{TOKEN}\n")
+    return path
+
+
 def ask(url, **options):
     return httpx.post(f"{url}encode", json=ROWS, trust_env=False, timeout=60, **options)
 
@@ -139,9 +146,9 @@ def test_a_new_model_is_served_after_a_restart(folder):
         assert ask(url).json() != before
 
 
-def test_options_reach_the_server(folder):
+def test_options_reach_the_server(folder, token_file):
     options = ("--max-rows", 1, "--max-bytes", 1000, "--batch-rows", 1, "--wait-ms", 0, "--queue", 3, "--threads", 1)
-    with started(folder, *options, FASTENC_TOKEN=TOKEN) as (child, url):
+    with started(folder, *options, "--token-file", token_file) as (child, url):
         assert ask(url).status_code == 401
         bearer = {"Authorization": f"Bearer {TOKEN}"}
         response = ask(url, headers=bearer)
@@ -156,9 +163,9 @@ def test_options_reach_the_server(folder):
         assert finish(child) == (0, "")
 
 
-def fail(*arguments, **environment):
+def fail(*arguments):
     """The one sentence on stderr."""
-    result = CliRunner().invoke(cli.app, ["serve", *map(str, arguments)], env=environment)
+    result = CliRunner().invoke(cli.app, ["serve", *map(str, arguments)])
     assert result.exit_code == 2, result.output
     (line,) = [line for line in result.output.splitlines() if line.startswith("fastenc: ")]
     return line
@@ -178,12 +185,15 @@ def test_answers_are_sent_at_once():
         assert listening.proto == socket.IPPROTO_TCP  # what asyncio goes by
 
 
-def test_a_server_for_others_needs_a_token(folder):
+def test_a_server_for_others_needs_a_token(folder, tmp_path):
     for host in ("0.0.0.0", "192.168.0.7", "::", "example.org"):
-        assert "FASTENC_TOKEN" in fail(folder, "--host", host)
+        assert "--token-file" in fail(folder, "--host", host)
     for token in ("short", "with spaces in between", "ünïcödé-letters-inside", "new\nline-in-the-middle"):
         assert "16 or more" in fail(folder, "--token", token)
-        assert "16 or more" in fail(folder, FASTENC_TOKEN=token)
+        (tmp_path / "token").write_text(token, encoding="utf-8")
+        assert "16 or more" in fail(folder, "--token-file", tmp_path / "token")
+    assert "leave one of them out" in fail(folder, "--token", TOKEN, "--token-file", tmp_path / "token")
+    assert "No such file" in fail(folder, "--token-file", tmp_path / "nowhere")
     assert is_loopback("127.0.0.1")
     assert is_loopback("127.8.8.8")
     assert is_loopback("::1")
@@ -191,21 +201,21 @@ def test_a_server_for_others_needs_a_token(folder):
     assert not is_loopback("")
 
 
-def test_the_examples_of_the_docs(folder, tmp_path):
+def test_the_examples_of_the_docs(folder, token_file, tmp_path):
     if shutil.which("curl") is None:
         pytest.skip("the examples are of curl, which is not installed")
     text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
     commands = [block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if block.startswith("curl")]
     assert len(commands) == 5
     people().to_csv(tmp_path / "people.csv", index=False)
-    with started(folder, FASTENC_TOKEN=TOKEN) as (_, url):
+    with started(folder, "--token-file", token_file) as (_, url):
         outputs = []
         for command in commands:
             command = command.replace("http://127.0.0.1:8000/", url)
             done = subprocess.run(
                 ["sh", "-ec", command],
                 cwd=tmp_path,
-                env={"PATH": "/usr/bin:/bin", "FASTENC_TOKEN": TOKEN},
+                env={"PATH": "/usr/bin:/bin", "TOKEN": TOKEN},
                 capture_output=True,
                 text=True,
                 timeout=60,

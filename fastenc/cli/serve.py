@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import torch
@@ -28,11 +29,13 @@ def serve(
     token: Annotated[
         str | None,
         typer.Option(
-            envvar="FASTENC_TOKEN",
             show_default=False,
-            help="What requests must bring as Authorization: Bearer TOKEN. Others on this machine can see options, so "
-            "better give it in the environment.",
+            help="What requests must bring as Authorization: Bearer TOKEN. Others on this machine can see options: "
+            "--token-file is better.",
         ),
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", show_default=False, help="A file that holds the token.")
     ] = None,
     max_rows: Annotated[int, typer.Option(min=1, help="Rows, texts or items in a request.")] = DEFAULTS.max_rows,
     max_bytes: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = DEFAULTS.max_bytes,
@@ -52,6 +55,10 @@ def serve(
     Only this machine reaches it unless --host says otherwise, which needs a token. SIGTERM or Ctrl-C let the requests
     under way be answered first. A new model in DIR is served after a restart. docs/serving.md says what is sent.
     """
+    if token_file is not None:
+        if token is not None:
+            raise DataError("--token and --token-file are given; leave one of them out")
+        token = token_file.read_text(encoding="utf-8", errors="replace").strip()
     check_access(host, token)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -72,8 +79,8 @@ def check_access(host: str, token: str | None) -> None:
     if token is None:
         if not is_loopback(host):
             raise DataError(
-                f"--host {host} lets others reach this server; give them a token in the environment variable "
-                f"FASTENC_TOKEN, made by {MAKE_TOKEN}"
+                f"--host {host} lets others reach this server; write a token to a file, by {MAKE_TOKEN}, and name it by "
+                "--token-file"
             )
     elif len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise DataError(

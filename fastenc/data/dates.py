@@ -31,6 +31,8 @@ def with_parts(frame: Any, names: Sequence[str]) -> Any:
     if not names:
         return frame
     pandas = require("pandas", "preprocessing tables")
+    if not hasattr(frame, "columns"):
+        raise DataError(f"the data is an array without column names, and training had {names[0]!r}; give a table")
     columns = [str(column) for column in frame.columns]
     parts = {}
     for name in names:
