@@ -38,7 +38,9 @@ def main() -> None:
     hits: dict[str, list[float]] = {OURS: [], KMERS: [], "any position": []}
     likeness: dict[str, list[float]] = {f"{box}, {how}": [] for box in BOXES for how in ("attributed", "by chance")}
     for seed in range(args.seeds):
-        train, validation, test = (make(round(args.rows * s), 3 * seed + i) for i, s in enumerate((1, VALIDATION, TEST)))
+        train, validation, test = (
+            make(round(args.rows * s), 3 * seed + i) for i, s in enumerate((1, VALIDATION, TEST))
+        )
         model = train_scanner(train, validation, args.epochs, seed)
         words = Words(train, validation)
         scores = (scanned(model, test), words.scores(test), scores_of_known(test.letters))
