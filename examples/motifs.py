@@ -24,7 +24,7 @@ from fastenc.frontends.sequences import SequenceFrontEnd, SequenceReader
 from fastenc.plots import save_figure
 
 ROWS = 8000
-VALIDATION, TEST = 1000, 1500
+VALIDATION, TEST = 1 / 8, 3 / 16  # as many as these shares of them
 NAMES = (OURS, KMERS, KNOWN) = ("fastenc, motif scanner", "logistic regression, k-mers", "both matrices known")
 STEPS = 16  # of the integral
 PEAKS = 5  # positions of each promoter
@@ -38,7 +38,9 @@ def main() -> None:
     hits: dict[str, list[float]] = {OURS: [], KMERS: [], "any position": []}
     likeness: dict[str, list[float]] = {f"{box}, {how}": [] for box in BOXES for how in ("attributed", "by chance")}
     for seed in range(args.seeds):
-        train, validation, test = (make(rows, 3 * seed + part) for part, rows in enumerate((args.rows, VALIDATION, TEST)))
+        train, validation, test = (
+            make(round(args.rows * s), 3 * seed + i) for i, s in enumerate((1, VALIDATION, TEST))
+        )
         model = train_scanner(train, validation, args.epochs, seed)
         words = Words(train, validation)
         scores = (scanned(model, test), words.scores(test), scores_of_known(test.letters))
@@ -61,7 +63,7 @@ def main() -> None:
                 likeness[f"{box}, {how}"].append(correlation(motif, planted))
         if seed == 0:
             first = promoters, attributed, recovered, starts, np.argsort(-scores[0][of_promoters])
-    print(f"{args.rows} sequences of {LENGTH} letters to train on, scored on {TEST}; {args.seeds} seeds\n")
+    print(f"{args.rows} sequences of {LENGTH} letters to train on, scored on {len(test.kinds)}; {args.seeds} seeds\n")
     against = {f"against {kind}": {name: f"{np.mean(by_kind[name][kind]):.3f}" for name in NAMES} for kind in KINDS[1:]}
     show(areas, "area under the ROC curve", args.out / "areas.png", **against)
     print()

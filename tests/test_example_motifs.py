@@ -94,8 +94,8 @@ def test_motifs_are_recovered_where_the_attributions_point(examples):
 
 
 def test_motifs(tmp_path):
-    output, written = compare("motifs.py", tmp_path, "--epochs", 4, "--rows", 2000)
-    assert "2000 sequences of 160 letters to train on, scored on 1500; 1 seeds" in output
+    output, written = compare("motifs.py", tmp_path, "--epochs", 8, "--rows", 1600)
+    assert "1600 sequences of 160 letters to train on, scored on 300; 1 seeds" in output
     areas, rest = output.split("share of the peaks in the boxes")
     assert 0.55 < figure(areas, "fastenc, motif scanner") <= 1
     assert 0.55 < figure(areas, "logistic regression, k-mers") < figure(areas, "both matrices known") < 1

@@ -425,16 +425,16 @@ def planted(rows, seed, length=60):
 
 
 def test_classifier_finds_planted_motifs(tmp_path):
-    sequences, labels = planted(900, 0)
+    sequences, labels = planted(600, 0)
     reader = SequenceReader().fit(sequences)
     items = Items(reader, sequences)
     torch.manual_seed(0)
     front_end = SequenceFrontEnd("dna", filters=(16,), widths=(8,))
     model = Classifier(FrontEncoder(front_end, Encoder(front_end.out_features, (16,))), 2)
     trainer = Trainer(model, lr=1e-2, loss="cross_entropy", seed=0)
-    rows = np.arange(900)
-    trainer.fit(make_loader(items, rows[:700], labels, seed=0), epochs=15, verbose=False)
-    found = trainer.evaluate(make_loader(items, rows[700:], labels))
+    rows = np.arange(600)
+    trainer.fit(make_loader(items, rows[:450], labels, seed=0), epochs=12, verbose=False)
+    found = trainer.evaluate(make_loader(items, rows[450:], labels))
     # A row without the motif has it by chance in one of 75 (60 places, 4**6 words); one order of 15 is the motif's.
     assert found["accuracy"] > 0.85
     model.eval().save_pretrained(tmp_path, preprocessing=reader.to_dict())
