@@ -1,8 +1,8 @@
 """Sentence vectors for classification and search: what SciPy's documentation says of its functions.
 
-    python examples/language.py              # two minutes at most; the pictures go to out/language
+    python examples/language.py              # some two minutes; the pictures go to out/language
 
-The text is real and comes with SciPy: 1,650 docstrings of ten of its parts, read from its source. The first sentence
+The text is real and comes with SciPy: 1,644 docstrings of ten of its parts, read from its source. The first sentence
 says what a function does, the paragraphs after it how. A third of the functions is held out. Two questions:
 
     classification   to which part of SciPy (statistics, signals, ...) does a sentence belong?
