@@ -1,6 +1,6 @@
 """Sounds: what they are, by the audio front end, and what they were without noise, by an autoencoder of spectra.
 
-    python examples/audio_sounds.py          # a minute and a half; pictures and sounds go to out/audio_sounds
+    python examples/audio_sounds.py          # two minutes of one core; pictures and sounds go to out/audio_sounds
 
 Eight kinds of sound are made, each 0.4 to 0.9 s at 8 kHz: a note, a major, a minor and a diminished chord (equal
 temperament on one of the 12 roots from 220 Hz, detuned by about 10 cents; six harmonics whose amplitudes fall as a
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the files and clips to make (%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # which suits small models
+    torch.set_num_threads(1)
     each, trained, scored, speeds = (max(1, round(args.share * n)) for n in (EACH, TRAINED, SCORED, len(SPEEDS)))
     rows = []
     write_sounds(args.out / "sounds", each, np.random.default_rng(0))
