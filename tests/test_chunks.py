@@ -138,6 +138,8 @@ def test_dates_become_numbers():
         again.transform(frame[["v"]])
     with pytest.raises(DataError, match=r"column 'when' held dates in training and holds something else now"):
         again.transform(frame.assign(when="noon"))
+    with pytest.raises(DataError, match=r"an array without column names, and training had 'when'; give a table"):
+        again.transform(frame[["v", "v"]].to_numpy())
     with pytest.raises(DataError, match=r'holds dates or times; turn them into numbers, as dates="parts" does'):
         Preprocessor().fit(frame)
 
