@@ -11,7 +11,17 @@ import soundfile
 from example_runs import EXAMPLES, compare, figure
 
 PAGE = (Path(__file__).parents[1] / "docs" / "applications" / "audio.md").read_text()
-FILES = {"accuracy.png", "noise.png", "spectrograms.png", "clean.wav", "noisy.wav", "denoised.wav", "sounds", "results.json"}
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+FILES = {
+    "accuracy.png",
+    "noise.png",
+    "spectrograms.png",
+    "clean.wav",
+    "noisy.wav",
+    "denoised.wav",
+    "sounds",
+    "results.json",
+}
 
 
 @pytest.fixture
@@ -30,7 +40,7 @@ def espeak(tmp_path):
     """A folder with an espeak-ng that has a tone for each digit, whatever the voice."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for number, digit in enumerate("zero one two three four five six seven eight nine".split()):
+    for number, digit in enumerate(DIGITS):
         time = np.arange(5000) / 22050
         soundfile.write(folder / f"{digit}.wav", 0.5 * np.sin(2 * np.pi * 300 * (1 + number / 4) * time), 22050)
     (folder / "espeak-ng").write_text(f'#!/bin/sh\nexec /bin/cp "{folder}/$7.wav" "$6"\n')
