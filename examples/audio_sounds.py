@@ -1,12 +1,12 @@
 """Sounds: what they are, by the audio front end, and what they were without noise, by an autoencoder of spectra.
 
-    python examples/audio_sounds.py          # a minute; pictures and sounds go to out/audio_sounds
+    python examples/audio_sounds.py          # a minute and a half; pictures and sounds go to out/audio_sounds
 
 Eight kinds of sound are made, each 0.4 to 0.9 s at 8 kHz: a note, a major, a minor and a diminished chord (equal
 temperament on one of the 12 roots from 220 Hz, detuned by about 10 cents; six harmonics whose amplitudes fall as a
 random power; they die away), a sine that rises or falls by one to two octaves, white noise and pink noise. All have
 white noise 10 to 20 dB below them and a random loudness. With espeak-ng on PATH, spoken digits are told apart as well,
-of voices that were not trained on.
+of voices that were not trained on, under white or pink noise up to 10 dB louder than they are.
 
 For noise removal the notes, chords and sweeps have white or pink noise from 5 dB above them to 5 dB below. The
 autoencoder takes three frames of the noisy spectrum and gives the part of each bin that is sound. What it is compared
@@ -15,15 +15,17 @@ with knows more than it: the mean spectrum of the very noise in each clip.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 import torch
-from comparing import Row, arguments, show, write_results
+from comparing import Row, show, write_results
 
 from fastenc import AutoEncoder, Classifier, Encoder, Trainer, plots
 from fastenc.frontends import FrontEncoder, Items, collect, make_loader
@@ -38,7 +40,7 @@ EACH, TEST_SHARE = 90, 1 / 3
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VOICES = [f"{accent}+{sex}{number}" for accent in ("en-gb", "en-us") for sex in "mf" for number in range(1, 5)]
 SPEEDS = (130, 160, 190)  # words in a minute
-TRAINED, SCORED = 300, 60  # clips for noise removal
+TRAINED, SCORED = 500, 60  # clips for noise removal
 N_FFT, HOP, AROUND = 512, 128, 1  # of its spectra, in samples; frames on either side
 OURS, MEANS, QUARTERS = "front end and encoder", "logistic regression, mean spectrum", "logistic regression, 4 spectra"
 DENOISED, WIENER, SUBTRACTED = "autoencoder", "Wiener, noise spectrum known", "subtraction, noise spectrum known"
@@ -82,25 +84,28 @@ def noise_for(sound: np.ndarray, kind: str, decibels: float, random: np.random.G
     return added * np.sqrt(np.square(sound).mean() / np.square(added).mean()) * 10 ** (-decibels / 20)
 
 
-def write_sounds(folder: Path, random: np.random.Generator) -> None:
-    """EACH files of each kind, in folders of that name."""
+def write_sounds(folder: Path, each: int, random: np.random.Generator) -> None:
+    """So many files of each kind, in folders of that name."""
     for kind in (*CHORDS, *SWEEPS, *NOISES):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        for number in range(EACH):
+        for number in range(each):
             sound = make_sound(kind, random)
             sound += noise_for(sound, "white", random.uniform(10, 20), random)
             sound *= random.uniform(0.05, 0.9) / np.abs(sound).max()
             soundfile.write(folder / kind / f"{number}.wav", sound, RATE)
 
 
-def write_digits(folder: Path, espeak: str) -> None:
-    """Each digit by each voice at each speed, in a folder of its name."""
+def write_digits(folder: Path, speeds: Sequence[int], espeak: str, random: np.random.Generator) -> None:
+    """Each digit by each voice at each of the speeds, in noise, in a folder of its name."""
     for digit in DIGITS:
         (folder / digit).mkdir(parents=True, exist_ok=True)
         for voice in VOICES:
-            for speed in SPEEDS:
+            for speed in speeds:
                 path = folder / digit / f"{voice} {speed}.wav"
                 subprocess.run([espeak, "-v", voice, "-s", str(speed), "-w", str(path), digit], check=True)
+                sound, rate = soundfile.read(path)
+                sound += noise_for(sound, random.choice(NOISES), random.uniform(-10, 0), random)
+                soundfile.write(path, 0.9 * sound / np.abs(sound).max(), rate)
 
 
 def voice_of(name: str) -> str:
@@ -202,11 +207,11 @@ def make_clip(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return sound, noise_for(sound, random.choice(NOISES), random.uniform(-5, 5), random)
 
 
-def denoise(epochs: int, seed: int) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+def denoise(trained: int, scored: int, epochs: int, seed: int) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
     """The decibels that each method gains on each scored clip, and what is heard of the first of them."""
     random = np.random.default_rng(seed)
-    clips = [make_clip(random) for _ in range(TRAINED + SCORED)]
-    pairs = [(spectrum(sound), spectrum(sound + added)) for sound, added in clips[:TRAINED]]
+    clips = [make_clip(random) for _ in range(trained + scored)]
+    pairs = [(spectrum(sound), spectrum(sound + added)) for sound, added in clips[:trained]]
     x = np.concatenate([with_neighbours(loudness(noisy)) for _, noisy in pairs])
     y = np.concatenate([with_neighbours(part_that_is_sound(*pair)) for pair in pairs])
     torch.manual_seed(seed)
@@ -215,7 +220,7 @@ def denoise(epochs: int, seed: int) -> tuple[dict[str, list[float]], dict[str, n
     trainer.fit(x, y, epochs=epochs, batch_size=64, verbose=False)
     gained: dict[str, list[float]] = {DENOISED: [], WIENER: [], SUBTRACTED: []}
     first: dict[str, np.ndarray] = {}
-    for sound, added in clips[TRAINED:]:
+    for sound, added in clips[trained:]:
         noisy, noise_power = spectrum(sound + added), np.square(np.abs(spectrum(added))).mean(0)
         factors = {
             DENOISED: of_neighbours(trainer.predict(with_neighbours(loudness(noisy)))),
@@ -251,9 +256,17 @@ def row(what: str, figures: dict[str, list[float]]) -> Row:
 
 
 def main() -> None:
-    args = arguments("What sounds are, and what they were without noise.", "audio_sounds", epochs=40, seeds=3)
+    parser = argparse.ArgumentParser(description="What sounds are, and what they were without noise.")
+    parser.add_argument("--out", type=Path, default=Path("out/audio_sounds"), help="folder (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=40, help="passes over the files, 4 times those over the clips")
+    parser.add_argument("--seeds", type=int, default=3, help="how often, each from other numbers (%(default)s)")
+    parser.add_argument("--share", type=float, default=1.0, help="of the files and clips to make (%(default)s)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # which suits small models
+    each, trained, scored, speeds = (max(1, round(args.share * n)) for n in (EACH, TRAINED, SCORED, len(SPEEDS)))
     rows = []
-    write_sounds(args.out / "sounds", np.random.default_rng(0))
+    write_sounds(args.out / "sounds", each, np.random.default_rng(0))
     # Chords differ by a semitone: frames of an eighth of a second tell 8 Hz apart.
     accuracy = classify(args.out / "sounds", str, {"n_mels": 96, "n_fft": 1024, "hop": 256}, args.epochs, args.seeds)
     show(accuracy, "accuracy", args.out / "accuracy.png")
@@ -264,14 +277,14 @@ def main() -> None:
         print("\nSpoken digits are left out: espeak-ng is not on PATH (apt-get install espeak-ng).")
     else:
         print("\nSpoken digits\n")
-        write_digits(args.out / "digits", espeak)
+        write_digits(args.out / "digits", SPEEDS[:speeds], espeak, np.random.default_rng(0))
         accuracy = classify(args.out / "digits", voice_of, {}, args.epochs, args.seeds)
         show(accuracy, "accuracy", args.out / "digits.png")
         rows.append(row("spoken digits, other voices: accuracy", accuracy))
 
-    found = [denoise(-(-args.epochs // 4), seed) for seed in range(args.seeds)]
+    found = [denoise(trained, scored, -(-args.epochs // 4), seed) for seed in range(args.seeds)]
     gained = {name: [float(np.mean(of_clips[name])) for of_clips, _ in found] for name in found[0][0]}
-    print(f"\nNoise removed from {SCORED} clips, trained on {TRAINED}; {args.seeds} seeds\n")
+    print(f"\nNoise removed from {scored} clips, trained on {trained}; {args.seeds} seeds\n")
     show(gained, "dB gained", args.out / "noise.png", digits=2)
     rows.append(row("noise removal: dB gained", gained))
     sounds = found[0][1]

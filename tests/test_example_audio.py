@@ -52,7 +52,7 @@ def check_figures(output, out):
     sounds, noise = re.split(r"Noise removed.*\n", output)
     sounds = sounds.partition("Spoken digits")[0]
     for row in ("front end and encoder", "logistic regression, mean spectrum", "logistic regression, 4 spectra"):
-        assert figure(sounds, row) > 0.25  # a guess is right once in eight
+        assert figure(sounds, row) > 0.2  # a guess is right once in eight
     for row in ("autoencoder", "Wiener, noise spectrum known", "subtraction, noise spectrum known"):
         assert figure(noise, row) > 0
     rows = {row["what"]: row for row in json.loads((out / "results.json").read_text())}
@@ -66,8 +66,8 @@ def check_figures(output, out):
 def test_without_espeak(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     out = tmp_path / "out"
-    output, files = compare("audio_sounds.py", out, "--epochs", 4)
-    assert "480 files of 8 kinds to train on, scored on 240; 1 seeds" in output
+    output, files = compare("audio_sounds.py", out, "--share", 0.2, "--epochs", 8)
+    assert "96 files of 8 kinds to train on, scored on 48; 1 seeds" in output
     assert "Spoken digits are left out: espeak-ng is not on PATH (apt-get install espeak-ng)." in output
     assert set(files) == FILES
     assert len(check_figures(output, out)) == 2
@@ -76,7 +76,7 @@ def test_without_espeak(tmp_path, monkeypatch):
 def test_with_spoken_digits(tmp_path, monkeypatch, espeak):
     monkeypatch.setenv("PATH", str(espeak))
     out = tmp_path / "out"
-    output, files = compare("audio_sounds.py", out, "--epochs", 4)
+    output, files = compare("audio_sounds.py", out, "--share", 0.2, "--epochs", 8)
     assert "files of 10 kinds to train on" in output
     assert set(files) == {*FILES, "digits", "digits.png"}
     rows = check_figures(output, out)
