@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="of the files and clips to make (%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # which suits small models
+    torch.set_num_threads(1)
     each, trained, scored, speeds = (max(1, round(args.share * n)) for n in (EACH, TRAINED, SCORED, len(SPEEDS)))
     rows = []
     write_sounds(args.out / "sounds", each, np.random.default_rng(0))
