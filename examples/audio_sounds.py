@@ -1,6 +1,6 @@
 """Sounds: what they are, by the audio front end, and what they were without noise, by an autoencoder of spectra.
 
-    python examples/audio_sounds.py          # a minute and a half; pictures and sounds go to out/audio_sounds
+    python examples/audio_sounds.py          # two minutes of one core; pictures and sounds go to out/audio_sounds
 
 Eight kinds of sound are made, each 0.4 to 0.9 s at 8 kHz: a note, a major, a minor and a diminished chord (equal
 temperament on one of the 12 roots from 220 Hz, detuned by about 10 cents; six harmonics whose amplitudes fall as a

@@ -96,7 +96,7 @@ def _open(item: Any) -> Any:
         DataError: there is no such file, or it holds no sound.
     """
     soundfile = require("soundfile", "reading sound", extra="frontends")
-    name = _name(item)
+    name, source = _name(item), item
     if isinstance(item, bytes):
         size, source = len(item), io.BytesIO(item)
     else:
