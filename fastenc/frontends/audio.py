@@ -154,11 +154,7 @@ class AudioFrontEnd(FrontEnd):
     Log-mel spectra (`LogMel`); two convolutions over time, each of 3 frames and every second place, as FusedDense
     layers on neighbouring frames (a time-delay network: Peddinti et al., Interspeech 2015); a GRU. The features are the
     mean and the largest of the GRU's outputs over the row's time, and mean and deviation of each band, under a
-<<<<<<< HEAD
-    LayerNorm, without which they are so unequal that training takes three times as long.
-=======
     LayerNorm, without which they are so unequal that training takes about twice as many epochs.
->>>>>>> w-audio
 
     Args:
         sample_rate: in hertz, of the samples.
