@@ -79,8 +79,8 @@ def check_access(host: str, token: str | None) -> None:
     if token is None:
         if not is_loopback(host):
             raise DataError(
-                f"--host {host} lets others reach this server; write a token to a file, by {MAKE_TOKEN}, and name it by "
-                "--token-file"
+                f"--host {host} lets others reach this server; write a token to a file, by {MAKE_TOKEN}, and name it "
+                "by --token-file"
             )
     elif len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         raise DataError(
