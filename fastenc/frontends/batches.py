@@ -94,7 +94,7 @@ class ByLength(Sampler[list[int]]):
 def make_loader(
     items: Items,
     rows: np.ndarray,
-    target: Tensor,
+    target: Tensor | Callable[[Tensor], Tensor],
     *,
     batch_size: int = 32,
     seed: int | None = None,
@@ -103,13 +103,14 @@ def make_loader(
 
     Args:
         rows: which of the items.
-        target: of each item, `[items, ...]`, on the CPU: labels, or for an AutoEncoder what `summaries` gives.
+        target: of each item, `[items, ...]`, on the CPU: labels, or for an AutoEncoder what `summaries` gives; or a
+            function of a batch, such as `FrontEncoder.summary`, which then makes it anew in each epoch.
         seed: of the order; None: not shuffled, for validation.
     """
 
     def collate(rows: list[tuple[int, np.ndarray]]) -> tuple[Tensor, Tensor]:
         x = items.reader.batch([array for _, array in rows])
-        return x, target[[number for number, _ in rows]]
+        return x, target[[number for number, _ in rows]] if isinstance(target, Tensor) else target(x)
 
     return DataLoader(items, batch_sampler=ByLength(items.lengths, rows, batch_size, seed), collate_fn=collate)
 
