@@ -199,7 +199,7 @@ class AutoEncoder(Pretrained, nn.Module):
         final_activation: of the reconstruction; "sigmoid" for features in 0 to 1.
     """
 
-    def __init__(self, encoder: Encoder, final_activation: str = "identity") -> None:
+    def __init__(self, encoder: Any, final_activation: str = "identity") -> None:
         super().__init__()
         first = cast(FusedDense, encoder.layers[0])
         self.encoder = encoder
@@ -232,9 +232,9 @@ class AutoEncoder(Pretrained, nn.Module):
 
 
 class _Head(Pretrained, nn.Module):
-    """An encoder and one linear layer on its code."""
+    """An encoder, which is an Encoder or a FrontEncoder, and one linear layer on its code."""
 
-    def __init__(self, encoder: Encoder, out_features: int) -> None:
+    def __init__(self, encoder: Any, out_features: int) -> None:
         super().__init__()
         weight = cast(FusedDense, encoder.layers[0]).weight
         self.encoder = encoder
@@ -252,7 +252,7 @@ class _Head(Pretrained, nn.Module):
 class Classifier(_Head):
     """An encoder and a linear layer to `num_classes` logits: `[..., in_features] -> [..., num_classes]`."""
 
-    def __init__(self, encoder: Encoder, num_classes: int) -> None:
+    def __init__(self, encoder: Any, num_classes: int) -> None:
         super().__init__(encoder, num_classes)
 
     def get_config(self) -> dict[str, Any]:
@@ -266,7 +266,7 @@ class Classifier(_Head):
 class Regressor(_Head):
     """An encoder and a linear layer to `num_outputs` numbers: `[..., in_features] -> [..., num_outputs]`."""
 
-    def __init__(self, encoder: Encoder, num_outputs: int) -> None:
+    def __init__(self, encoder: Any, num_outputs: int) -> None:
         super().__init__(encoder, num_outputs)
 
     def get_config(self) -> dict[str, Any]:

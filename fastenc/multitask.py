@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastenc.data import DataError, as_target
 
-from .encoder import Encoder, encoder_from_config
+from .encoder import encoder_from_config
 from .modules import FusedDense
 from .pretrained import Pretrained
 from .training.losses import LOSSES, fit_target, get_loss
@@ -59,11 +59,11 @@ class MultiTask(Pretrained, nn.Module):
         model.split(trainer.predict(x))["digit"].argmax(1)
 
     Args:
-        encoder: what the tasks share.
+        encoder: what the tasks share: an Encoder or a FrontEncoder.
         tasks: by name; at least one.
     """
 
-    def __init__(self, encoder: Encoder, tasks: Mapping[str, Task]) -> None:
+    def __init__(self, encoder: Any, tasks: Mapping[str, Task]) -> None:
         super().__init__()
         if not tasks:
             raise ValueError("tasks is empty; give at least one, for example {'digit': Task(10, 'cross_entropy')}")

@@ -84,7 +84,8 @@ class PersonalModel(nn.Module):
 
     def encode(self, x: Tensor, user: Tensor | None = None) -> Tensor:
         """The code, [B, code size]; arguments as of `forward`."""
-        return self._run(x, user, len(getattr(self.model, "encoder", self.model).layers))
+        encoder: Any = getattr(self.model, "encoder", self.model)
+        return self._run(x, user, len(encoder.layers))
 
     def joined(self, x: Tensor, user: Tensor) -> Tensor:
         """x [B, K] and the users' numbers [B] in one tensor [B, K + 1]: what Trainer takes, and `forward` takes apart.

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -209,9 +209,10 @@ class ConvStem(FrontEnd):
             nn.Conv2d(before, after, KERNEL, stride, padding=KERNEL // 2)
             for before, after, stride in zip((in_channels, *channels), channels, strides, strict=False)
         )
-        for convolution in self.convolutions:  # He et al., arXiv:1502.01852: nothing else keeps the scale
+        for convolution in cast("Iterator[nn.Conv2d]", iter(self.convolutions)):
+            # He et al., arXiv:1502.01852: nothing else keeps the scale.
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-            nn.init.zeros_(convolution.bias)
+            nn.init.zeros_(cast(Tensor, convolution.bias))
         self.out_features = channels[-1] * grid**2
         self.summary_features = in_channels * SUMMARY_GRID**2
 
