@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from . import cuda
@@ -156,6 +157,9 @@ def run_case(case: Case, budget_s: float, rounds: int, seed: int) -> Outcome:
 
 
 def set_up(case: Case, seed: int) -> Sides:
+    # Each case compiles anew: after eight models of one class torch.compile would run the next ones as eager PyTorch.
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.manual_seed(seed)
     with torch.device(case.device):
         return case.setup(case)
