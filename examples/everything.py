@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -39,7 +40,7 @@ PROGRAMS = {
 COLUMNS = ("program", "what", "ours", "beside", "theirs", "")
 HEAD = """# Every kind of data, and the applications
 
-`make examples` runs these programs, {count} in {minutes:.0f} minutes here, and `make examples ARGS=--docs` writes this
+`make examples` runs these programs, {count} in {minutes:.0f} minutes here; `make examples ARGS=--docs` also writes this
 table. Each has a page that says what its data are, how they were made, and what is weak. Measured on {where}; PyTorch
 {torch}, fastenc {version}. One run: the pages have spreads over seeds where there are some.
 
@@ -58,7 +59,8 @@ def run(name: str, out: Path) -> tuple[list[dict], float]:
 
 def cells(name: str, row: dict) -> tuple[str, ...]:
     better = (row["ours"] > row["theirs"]) == row["higher"]
-    verdict = "even" if row["ours"] == row["theirs"] else "better" if better else "worse"
+    even = math.isclose(row["ours"], row["theirs"])
+    verdict = "even" if even else "better" if better else "worse"
     return (name, row["what"], f"{row['ours']:.4g}", row["beside"], f"{row['theirs']:.4g}", verdict)
 
 

@@ -2,8 +2,8 @@
 
     python examples/images.py                # half a minute; pictures and figures go to out/images
 
-scikit-learn's digits are drawn 1 to 3 times as large, at a random place of a grey canvas of random size, and written as
-PNG files into a folder for each class, as `fastenc finetune FOLDER` takes them.
+scikit-learn's digits are drawn 14 to 32 pixels large, at a random place of a grey canvas that is up to a third larger
+each way, and written as PNG files into a folder for each class, as `fastenc finetune FOLDER` takes them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ OURS, THEIRS = "convolutional stem and dense encoder", f"logistic regression on 
 
 
 def draw(digit: np.ndarray, random: np.random.Generator) -> Image.Image:
-    """A digit, [64] in 0 to 16, somewhere on a canvas of 24 to 48 pixels a side."""
-    height, width = random.integers(24, 49, 2)
-    side = int(8 * random.uniform(1, 3))
+    """A digit, [64] in 0 to 16, somewhere on a canvas of 14 to 42 pixels a side."""
+    side = int(random.integers(14, 33))
+    height, width = side + random.integers(0, side // 3 + 1, 2)
     image = Image.fromarray((digit.reshape(8, 8) / 16 * 255).astype(np.uint8)).resize(
         (side, side), Image.Resampling.BICUBIC
     )
@@ -73,7 +73,7 @@ def main() -> None:
         flat = pixels.reshape(len(pixels), -1)
         baseline = LogisticRegression(max_iter=1000).fit(flat[kept], labels[kept])
         accuracy[THEIRS].append(float(baseline.score(flat[test], labels[test])))
-    print(f"{len(kept)} pictures of 24 to 48 pixels a side to train on, scored on {len(test)}; {args.seeds} seeds\n")
+    print(f"{len(kept)} pictures of 14 to 42 pixels a side to train on, scored on {len(test)}; {args.seeds} seeds\n")
     show(accuracy, "accuracy", args.out / "accuracy.png")
 
     draw_some(items, test, classes[logits.argmax(1)], args.out / "pictures.png")
@@ -87,7 +87,7 @@ def draw_some(items: Items, rows: np.ndarray, answers: np.ndarray, path: Path) -
     def draw(figure: Figure) -> None:
         for axes, row, answer in zip(figure.subplots(2, 6).flat, rows, answers, strict=False):
             axes.imshow(items[int(row)][1][0], cmap="gray", vmin=0, vmax=1)
-            axes.set(xlim=(0, 48), ylim=(48, 0))
+            axes.set(xlim=(0, 42), ylim=(42, 0))
             axes.set_title(answer, fontsize=11)
             axes.set_axis_off()
 
