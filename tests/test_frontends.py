@@ -12,10 +12,10 @@ from fastenc.frontends import (
     FrontEnd,
     Items,
     Reader,
-    base,
     batches,
     collect,
     encode_items,
+    kinds,
     make_loader,
     summaries,
 )
@@ -65,7 +65,7 @@ class Moments(FrontEnd):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setitem(base.FRONT_ENDS, "Moments", Moments)
+    monkeypatch.setitem(kinds.FRONT_ENDS, "Moments", Moments)
 
 
 def make_items(count=50, seed=0):
@@ -167,7 +167,7 @@ def test_saved_and_loaded(tmp_path, make):
 
 def test_unknown_front_ends_are_named(tmp_path, monkeypatch):
     make_encoder().save_pretrained(tmp_path)
-    monkeypatch.delitem(base.FRONT_ENDS, "Moments")
+    monkeypatch.delitem(kinds.FRONT_ENDS, "Moments")
     with pytest.raises(ModelFileError, match="no front end 'Moments' here"):
         load_pretrained(tmp_path)
 
@@ -175,11 +175,6 @@ def test_unknown_front_ends_are_named(tmp_path, monkeypatch):
 def test_the_encoder_must_fit():
     with pytest.raises(ValueError, match=r"takes 3 features and Moments gives 2; make it Encoder\(2"):
         FrontEncoder(Moments(), Encoder(3, (4,)))
-
-
-def test_a_name_is_taken_once():
-    with pytest.raises(ValueError, match="another name"):
-        base.register(Moments)
 
 
 def test_files_and_their_classes(tmp_path):

@@ -27,7 +27,6 @@ from http_service import (
 
 import fastenc
 from fastenc.frontends import kinds
-from fastenc.frontends.base import FRONT_ENDS
 from fastenc.pipeline import SavedModel
 from fastenc.serving import app as app_module
 from fastenc.serving.answers import principal_plane
@@ -59,7 +58,7 @@ def array(tmp_path_factory):
 @pytest.fixture
 def known_kinds(monkeypatch):
     """The stand-ins for the front ends and readers, as if they were of fastenc."""
-    monkeypatch.setitem(FRONT_ENDS, "Numbers", Numbers)
+    monkeypatch.setitem(kinds.FRONT_ENDS, "Numbers", Numbers)
     for reader in (NumbersReader, LinesReader):
         monkeypatch.setitem(kinds.KINDS, reader.kind, reader)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..data import DataError
 from ..data.extras import require
 from ..modules import FusedDense
-from .base import FrontEnd, register
+from .base import FrontEnd
 from .mel import LogMel, inside, most_bands
 from .reader import Reader
 
@@ -147,7 +147,6 @@ def _frame_length(sample_rate: int) -> int:
     return max(SHORTEST, 1 << max(0, math.ceil(math.log2(FRAME * sample_rate))))
 
 
-@register
 class AudioFrontEnd(FrontEnd):
     """Sounds [B, samples], NaN behind the end of each, to features [B, 2 * hidden + 2 * n_mels].
 

@@ -39,18 +39,6 @@ class FrontEnd(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no summary, which training without labels needs")
 
 
-# By the name in a model's config; filled by `register`, where each class is written.
-FRONT_ENDS: dict[str, type[FrontEnd]] = {}
-
-
-def register(front_end: type[FrontEnd]) -> type[FrontEnd]:
-    """Decorator of the front ends that a saved model may have."""
-    if front_end.__name__ in FRONT_ENDS:
-        raise ValueError(f"there is a front end {front_end.__name__} already; give the other one another name")
-    FRONT_ENDS[front_end.__name__] = front_end
-    return front_end
-
-
 class FrontEncoder(Pretrained, nn.Module):
     """A front end and an Encoder on its features: a batch of its kind of data -> vectors [B, widths[-1]].
 
@@ -106,6 +94,8 @@ class FrontEncoder(Pretrained, nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FrontEncoder:
+        from .kinds import FRONT_ENDS  # which knows all of them, and so comes after them
+
         of_front_end = dict(config["frontend"])
         name = of_front_end.pop("class")
         if name not in FRONT_ENDS:

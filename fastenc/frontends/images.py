@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..data import DataError
 from ..data.extras import require
-from .base import FrontEnd, register
+from .base import FrontEnd
 from .reader import Reader
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")  # the only ones tried: some others of Pillow's start programs
@@ -168,7 +168,6 @@ def _unit_values(image: Any) -> np.ndarray:
     return (values / np.float64(highest)).astype(np.float32)
 
 
-@register
 class ConvStem(FrontEnd):
     """Convolutions of 3 x 3 with ReLU, then the mean over each cell of a grid over the image: any size to one size.
 

@@ -1,4 +1,4 @@
-"""Which kind of data a file or folder holds, and the reader of each kind."""
+"""Which kind of data a file or folder holds, and the reader and front ends of each kind."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from ..data import DataError
-from .audio import AudioReader
-from .images import ImageReader
+from .audio import AudioFrontEnd, AudioReader
+from .base import FrontEnd
+from .images import ConvStem, ImageReader
 from .reader import Collection, Reader
-from .sequences import SequenceReader
-from .series import SeriesReader
-from .text import TextReader, is_text_table
+from .sequences import SequenceFrontEnd, SequenceReader
+from .series import SeriesFrontEnd, SeriesReader
+from .text import TextFrontEnd, TextReader, is_text_table
 
 # In the order in which a folder is looked through.
 KINDS: dict[str, type[Reader]] = {
     reader.kind: reader for reader in (ImageReader, AudioReader, SequenceReader, TextReader, SeriesReader)
+}
+# Those that a saved model may have, by the name in its config.
+FRONT_ENDS: dict[str, type[FrontEnd]] = {
+    each.__name__: each for each in (ConvStem, AudioFrontEnd, SequenceFrontEnd, TextFrontEnd, SeriesFrontEnd)
 }
 TABLE = "table"
 _TABLES = (".csv", ".parquet", ".npy")

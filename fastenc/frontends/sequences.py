@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..data import DataError
 from ..modules import FusedDense
 from .alphabets import ALPHABETS, find_alphabet
-from .base import FrontEnd, register
+from .base import FrontEnd
 from .fasta import SUFFIXES, Record, find_records, labels_in_descriptions, parse_fasta
 from .reader import Collection, Reader
 
@@ -133,7 +133,6 @@ def _check_alphabet(name: str) -> None:
         raise ValueError(f"there is no alphabet {name!r}; the known ones are {', '.join(ALPHABETS)}")
 
 
-@register
 class SequenceFrontEnd(FrontEnd):
     """Sequences int64 [B, L], codes of `SequenceReader` with 0 after the end -> [B, out_features].
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..data import DataError
 from ..modules import FusedDense
-from .base import FrontEnd, register
+from .base import FrontEnd
 from .reader import Reader
 from .recordings import LARGEST, read_recording
 
@@ -172,7 +172,6 @@ def _around(x: Tensor, kernel: int, apart: int) -> Tensor:
     return torch.cat([padded[:, start : start + steps] for start in range(0, kernel * apart, apart)], -1)
 
 
-@register
 class SeriesFrontEnd(FrontEnd):
     """Recordings [B, T, C] with NaN for missing values and for padding at the end -> features [B, F].
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data import DataError
 from ..data.extras import require
 from ..encoder import Encoder
-from .base import FrontEnd, register
+from .base import FrontEnd
 from .reader import Collection, Reader
 from .text_tables import decode, is_text_table, read_lines, read_table
 
@@ -218,7 +218,6 @@ def _mean(h: Tensor, padding: Tensor) -> Tensor:
 POOLINGS = ("mean", "gru", "transformer")
 
 
-@register
 class TextFrontEnd(FrontEnd):
     """Token numbers int64 [B, T], 0 behind the end of a text, to features [B, width].
 
