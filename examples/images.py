@@ -86,10 +86,11 @@ def draw_some(items: Items, rows: np.ndarray, answers: np.ndarray, path: Path) -
 
     def draw(figure: Figure) -> None:
         for axes, row, answer in zip(figure.subplots(2, 6).flat, rows, answers, strict=False):
-            axes.imshow(items[int(row)][1][0], cmap="gray", vmin=0, vmax=1)
-            axes.set(xlim=(0, 42), ylim=(42, 0))
+            axes.imshow(items[int(row)][1][0], cmap="gray", vmin=0, vmax=255)
+            axes.set(xlim=(-0.5, 41.5), ylim=(41.5, -0.5), xticks=[], yticks=[])
             axes.set_title(answer, fontsize=11)
-            axes.set_axis_off()
+            axes.set_facecolor("#dfe8ef")
+            axes.spines[:].set_visible(False)
 
     plots.save_figure(draw, path, (11, 4.2))
 

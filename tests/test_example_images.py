@@ -3,6 +3,7 @@
 import json
 
 from example_runs import compare, figure
+from matplotlib.image import imread
 
 
 def test_images(tmp_path):
@@ -10,5 +11,6 @@ def test_images(tmp_path):
     assert "350 pictures of 14 to 42 pixels a side to train on, scored on 150; 1 seeds" in output
     assert figure(output, "convolutional stem and dense encoder") > 0.5  # a guess is right once in ten
     assert files == ["accuracy.png", "pictures.png", "results.json"]
+    assert (imread(tmp_path / "pictures.png")[..., :3].mean(2) < 0.3).mean() > 0.15  # the pictures themselves are dark
     (row,) = json.loads((tmp_path / "results.json").read_text())
     assert row["ours"] > 0.5
