@@ -7,7 +7,7 @@ from matplotlib.image import imread
 
 
 def test_images(tmp_path):
-    output, files = compare("images.py", tmp_path, "--epochs", 6, "--rows", 500)
+    output, files = compare("images.py", tmp_path, "--epochs", 20, "--rows", 500)
     assert "350 pictures of 14 to 42 pixels a side to train on, scored on 150; 1 seeds" in output
     assert figure(output, "convolutional stem and dense encoder") > 0.5  # a guess is right once in ten
     assert files == ["accuracy.png", "pictures.png", "results.json"]
