@@ -266,13 +266,18 @@ Tensor run_stack(const Tensor& x, at::TensorList parameters, at::IntArrayRef act
     const auto leaves = [&](size_t l) {
       return kernel_access().leaves_to_aten(rows, weights[l].size(0), weights[l].size(1), training, depth > 1);
     };
+    // What lies between layers is let go as soon as it has been read: its memory, still in the cache, is the next
+    // one's.
+    Tensor out = x;
+    size_t done = 0;
     for (size_t l = 0; l < depth; ++l) {
       if (!leaves(l)) continue;
-      Tensor out = l == 0 ? x : run_part(x, parameters, activations, 0, l);
+      if (done < l) out = run_part(out, parameters, activations, done, l);
       out = at::linear(out, weights[l], optional(biases[l]));
       out = training ? activate(out, activations[l]) : activate_in_place(std::move(out), activations[l]);
-      return l + 1 == depth ? out : run_part(out, parameters, activations, l + 1, depth);
+      done = l + 1;
     }
+    if (done > 0) return done == depth ? out : run_part(out, parameters, activations, done, depth);
   }
   Tensor rows = x.dim() == 2 ? x : x.reshape({c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), x.size(-1)});
   // What lies below the first layer that has a gradient needs none, and saves nothing.

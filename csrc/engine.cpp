@@ -1,5 +1,6 @@
-// fastenc._C as a Python module: the training engine (cpu/train.h) and how the extensions were built. It knows no
-// torch: tensors come as addresses, which fastenc/training/engine.py takes from tensors that it has checked.
+// fastenc._C as a Python module: the training engine (cpu/train.h), the reader of steps (steps.h), and how the
+// extensions were built. It knows no torch: tensors come as addresses, which fastenc/training/engine.py takes from
+// tensors that it has checked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +9,7 @@
 #include "build_info.h"
 #include "cpu/runtime.h"
 #include "cpu/train.h"
+#include "steps.h"
 
 namespace {
 
@@ -77,6 +79,13 @@ PYBIND11_MODULE(_C, m) {
       "multiplies_bfloat16", [] { return runtime().brgemm_bfloat16 != nullptr; },
       "Whether TrainingEngine(bfloat16=True) can run on this CPU.");
   m.def("build_info", build_info_dict, "How the extensions were built: a dict of str.");
+
+  py::class_<StepReader>(m, "StepReader", "Reads the steps of a chain; see csrc/steps.h.")
+      .def(py::init<py::object, py::object, py::tuple, py::object, py::dict, py::dict>(), py::kw_only(),
+           py::arg("linear"), py::arg("dense"), py::arg("tensors"), py::arg("strided"), py::arg("modules"),
+           py::arg("others"))
+      .def("read", &StepReader::read, py::arg("steps"),
+           "(weights, biases, activations) of steps that are one stack with an activation in it; else None.");
 
   py::class_<Parameter>(m, "Parameter", "A weight or bias of fp32, as addresses; see csrc/cpu/train.h.")
       .def(py::init([](uintptr_t value, bool trained, int64_t group, std::vector<uintptr_t> moments, uintptr_t steps,

@@ -179,13 +179,13 @@ def fused_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, activatio
         ValueError: the activation is unknown.
         RuntimeError: as `torch.nn.functional.linear`, where shapes, dtypes or devices do not match.
     """
-    act = get_activation(activation)
     traced = _traced_by()
     if traced is None and not x.is_cuda and (operators := ops.everyday()):
         try:
             return operators.dense.default(x, weight, bias, activation_code(activation))
         except NotImplementedError:  # of a tensor that takes part in F.linear alone, as quantised weights do
             pass
+    act = get_activation(activation)
     if traced == "operators" and _fits(x, weight, bias):
         x, weight, bias = _autocast(x, weight, bias)
         rows = x if x.dim() == 2 else x.reshape(-1, weight.shape[1])

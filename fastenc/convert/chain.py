@@ -7,8 +7,9 @@ Linear layers with an activation after them, and nothing else asks to see what l
 from __future__ import annotations
 
 import functools
+import importlib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..activation import LEAKY_RELU_SLOPE, get_activation
+from ..backends import cpu
 from ..encoder import has_global_hooks, is_plain
 from ..functional import encoder, fused_dense
 from ..modules import FusedDense
@@ -41,15 +43,17 @@ _FUNCTIONS: dict[Any, str] = {
 }
 _FUNCTION_TYPES = (types.FunctionType, types.BuiltinFunctionType)
 
-_MODULES: dict[type, str] = {
-    nn.ReLU: "relu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.GELU: "gelu",
-    nn.SiLU: "silu",
+# Of each class: the option that decides what it computes, and the name of that for each value of the option.
+_MODULES: dict[type, tuple[str | None, dict[Any, str]]] = {
+    nn.ReLU: (None, {None: "relu"}),
+    nn.LeakyReLU: ("negative_slope", {LEAKY_RELU_SLOPE: "leaky_relu"}),
+    nn.Sigmoid: (None, {None: "sigmoid"}),
+    nn.Tanh: (None, {None: "tanh"}),
+    nn.GELU: ("approximate", {"none": "gelu", "tanh": "gelu_tanh"}),
+    nn.SiLU: (None, {None: "silu"}),
 }
 _LAYERS = (nn.Linear, FusedDense)
+_TENSORS = (nn.Parameter, Tensor)
 # Classes of Hugging Face's transformers: what they compute; None is for what they hold as `act`.
 _TRANSFORMERS = {"GELUActivation": None, "GELUTanh": None, "SiLUActivation": "silu"}
 
@@ -57,14 +61,11 @@ _TRANSFORMERS = {"GELUActivation": None, "GELUTanh": None, "SiLUActivation": "si
 def activation_of(step: Any) -> str | None:
     """The name in `ACTIVATIONS` of what `step` does to a tensor; None if it is none of them, or does anything more."""
     kind = type(step)
+    if kind in _MODULES:
+        option, names = _MODULES[kind]
+        return names.get(option and getattr(step, option)) if is_plain(step, kind) else None
     if kind in _FUNCTION_TYPES:
         return _FUNCTIONS.get(step)
-    if kind in _MODULES:
-        if not is_plain(step, kind):
-            return None
-        if kind is nn.GELU:
-            return "gelu_tanh" if step.approximate == "tanh" else "gelu"
-        return _MODULES[kind] if kind is not nn.LeakyReLU or step.negative_slope == LEAKY_RELU_SLOPE else None
     if kind is str:
         return METHODS.get(step)
     if kind is tuple:
@@ -107,9 +108,9 @@ def why_not_linear(step: Any) -> str | None:
 
 def _is_ordinary(tensor: Tensor | None) -> bool:
     # Not of a subclass (quantised, sharded) and not sparse.
-    if torch.compiler.is_compiling():
-        return isinstance(tensor, Tensor) and tensor.layout is torch.strided
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.layout is torch.strided  # type: ignore[union-attr]
+    if type(tensor) in _TENSORS:
+        return tensor.layout is torch.strided  # type: ignore[union-attr]
+    return torch.compiler.is_compiling() and isinstance(tensor, Tensor) and tensor.layout is torch.strided
 
 
 def _passes(step: Any) -> bool:
@@ -138,33 +139,37 @@ class Run(NamedTuple):
     activations: list[str]
 
 
-def plan(steps: Sequence[Any]) -> Iterator[Any]:
+def plan(steps: Sequence[Any]) -> list[Any]:
     """The steps as chain() takes them: each as it is, or as part of a Run.
 
     A Run is of steps that are an nn.Linear or FusedDense and the activation after it, with at least one activation in
     it. Dropout that drops nothing may stand between.
     """
+    parts: list[Any] = []
     count = len(steps)
     i = 0
     while i < count:
         layers, activations = [], []
+        fuses = False
         end = i
-        while end < count and type(steps[end]) in _LAYERS and why_not_linear(layer := steps[end]) is None:
+        while end < count and type(layer := steps[end]) in _LAYERS and why_not_linear(layer) is None:
             end += 1
-            name = layer.activation if type(layer) is FusedDense else "identity"
+            name = "identity" if type(layer) is nn.Linear else layer.activation
             if name == "identity" and end < count and (after := activation_of(steps[end])) is not None:
                 name = after
                 end += 1
             layers.append(layer)
             activations.append(name)
+            fuses = fuses or name != "identity"
             while end < count and _passes(steps[end]):
                 end += 1
-        if any(name != "identity" for name in activations):
-            yield Run(layers, activations)
+        if fuses:
+            parts.append(Run(layers, activations))
             i = end
         else:
-            yield steps[i]
+            parts.append(steps[i])
             i += 1
+    return parts
 
 
 def chain(x: Any, *steps: Any) -> Any:
@@ -174,29 +179,46 @@ def chain(x: Any, *steps: Any) -> Any:
         x: what the first step takes; fused where it is a tensor `[..., K]`.
         steps: callables; names of methods of a tensor, as "relu"; or tuples (function, further arguments, keywords).
     """
+    compiling = torch.compiler.is_compiling()
     # torch.jit.trace is to record PyTorch's own operators.
-    if has_global_hooks() or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
+    if has_global_hooks() or (not compiling and torch._C._is_tracing()):
         for step in steps:
             x = call(step, x)
         return x
+    if not compiling and type(x) in _TENSORS and (reader := _reader()) and (stack := reader.read(steps)):
+        return _run(x, *stack)
     for part in plan(steps):
         if type(part) is not Run:
             x = call(part, x)
-        elif not _is_plain_tensor(x):
+        elif type(x) not in _TENSORS and not compiling:  # of a subclass that has its own way with operators
             for layer, name in zip(part.layers, part.activations, strict=True):
                 x = layer(x)
                 if type(layer) is not FusedDense:
                     x = get_activation(name).forward(x)
         else:
-            weights: list[Any] = [layer._parameters["weight"] for layer in part.layers]
-            biases = [layer._parameters["bias"] for layer in part.layers]
-            if len(weights) == 1:
-                x = fused_dense(x, weights[0], biases[0], part.activations[0])
-            else:
-                x = encoder(x, weights, biases, part.activations)
+            parameters = [layer._parameters for layer in part.layers]
+            weights: list[Any] = [of_layer["weight"] for of_layer in parameters]
+            x = _run(x, weights, [of_layer["bias"] for of_layer in parameters], part.activations)
     return x
 
 
-def _is_plain_tensor(x: Any) -> bool:
-    """Whether x is a tensor as any other: not of a subclass that has its own way with operators."""
-    return type(x) in (Tensor, nn.Parameter) or torch.compiler.is_compiling()
+def _run(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activations: list[str]) -> Tensor:
+    if len(weights) == 1:
+        return fused_dense(x, weights[0], biases[0], activations[0])
+    return encoder(x, weights, biases, activations)
+
+
+@functools.cache
+def _reader() -> Any:
+    """What does the work of `plan` faster where the steps are one Run of plain modules; None where it is not built."""
+    if cpu.why_unavailable():
+        return None
+    extension = importlib.import_module("fastenc._C")
+    return extension.StepReader(
+        linear=nn.Linear,
+        dense=FusedDense,
+        tensors=_TENSORS,
+        strided=torch.strided,
+        modules=_MODULES,
+        others={**_FUNCTIONS, **METHODS},
+    )
