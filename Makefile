@@ -33,7 +33,7 @@ help:
 	@echo "make test         run the tests; some of them: make test ARGS='tests/test_modules.py -k bias'"
 	@echo "make test-full    the same and the longest sweeps under sanitizers"
 	@echo "make test-smoke   run the few tests that tell whether an installation works"
-	@echo "make bench        compare with eager PyTorch and others: about an hour; a look: make bench ARGS=--quick"
+	@echo "make bench        compare with eager PyTorch and others: hours; less exact in one: ARGS='--processes 1'; a look: ARGS=--quick"
 	@echo "make bench-peers  install JAX, Keras and scikit-learn into $(PEERS_VENV), for make bench to compare with"
 	@echo "make gpu          on a machine with a GPU: tests, benchmark, compute-sanitizer; the report goes to out/gpu"
 	@echo "make resources    compile the GPU kernels for every GPU and write down what they need: tests/gpu/*resources.json"

@@ -51,8 +51,6 @@ class TrainingEngine {
         at<float>(x),       x_stride, at<float>(target), target_stride, at<int64_t>(labels), at<float>(weights),
         at<int64_t>(order), rows,     at<double>(rates), seed,          first_step,          at<double>(losses)};
     const Runtime borrowed = runtime();
-    if (args_.dtype == Dtype::kBFloat16 && borrowed.brgemm_bfloat16 == nullptr)
-      throw py::value_error("this CPU, or this torch, does not multiply bfloat16; train in float32");
     const py::gil_scoped_release release;
     return engine_.run(training_, call, borrowed);
   }
@@ -75,9 +73,6 @@ py::dict build_info_dict() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The CPU kernels: importing registers the operators fastenc_cpu::*.";
-  m.def(
-      "multiplies_bfloat16", [] { return runtime().brgemm_bfloat16 != nullptr; },
-      "Whether TrainingEngine(bfloat16=True) can run on this CPU.");
   m.def("build_info", build_info_dict, "How the extensions were built: a dict of str.");
 
   py::class_<StepReader>(m, "StepReader", "Reads the steps of a chain; see csrc/steps.h.")

@@ -211,6 +211,17 @@ def test_number_of_columns():
     ],
     ids=lambda x: type(x).__name__,
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_rows_whose_sum_overflows_are_taken(dtype):
+    largest = torch.finfo(dtype).max
+    x = torch.full((600, 2000), largest, dtype=dtype)  # more than is looked at at a time
+    assert torch.equal(as_rows(x, dtype=dtype), x)
+    x[1], x[2] = -largest, 0.0
+    x[1, 7], x[555, 9] = float("inf"), float("nan")
+    with pytest.raises(DataError, match=r"2 of 600 rows \(row 1, 555, counted from 0\)"):
+        as_rows(x, dtype=dtype)
+
+
 def test_overflow_is_reported_even_if_inf_is_allowed(x):
     with pytest.raises(DataError, match=r"1 value too large for float32, the first 1e\+300 in row 1"):
         as_rows(x, finite=False)

@@ -37,7 +37,8 @@ template <class Op>
 struct BrgemmGuard {
   const Runtime& runtime;
   ~BrgemmGuard() {
-    if constexpr (std::is_same_v<Op, BFloat16>) runtime.brgemm_release(/* is_vnni */ true);
+    if constexpr (std::is_same_v<Op, BFloat16>)
+      if (runtime.brgemm_release != nullptr) runtime.brgemm_release(/* is_vnni */ true);
   }
 };
 

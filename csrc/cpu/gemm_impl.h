@@ -94,11 +94,35 @@ inline void gemm(const Runtime& runtime, int64_t M, int64_t N, int64_t K, int64_
   }
 }
 
-// K is even and B in VNNI order; only called where brgemm_bfloat16 exists.
+// K is even, N in whole vectors, and B in VNNI order: pairs of rows as 32-bit words, ldb words apart. Without a brgemm
+// for it both operands are widened, a strip of B at a time, and multiplied as fp32: the products of bf16 are exact
+// there.
 inline void gemm(const Runtime& runtime, int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc,
                  bool add_C, const BFloat16* A, const BFloat16* B, float* C) {
-  runtime.brgemm_bfloat16(M, N, K, lda, ldb, ldc, add_C, reinterpret_cast<const uint16_t*>(A),
-                          reinterpret_cast<const uint16_t*>(B), C, /* is_vnni */ true);
+  if (runtime.brgemm_bfloat16 != nullptr)
+    return runtime.brgemm_bfloat16(M, N, K, lda, ldb, ldc, add_C, reinterpret_cast<const uint16_t*>(A),
+                                   reinterpret_cast<const uint16_t*>(B), C, /* is_vnni */ true);
+  constexpr int64_t kRows = 32, kWidth = 2 * kLanes;
+  float a[kRows * kLongestSum], b[kLongestSum * kWidth];
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(K, kLongestSum)), piece = round_up(ceil_div(K, pieces), 2);
+  for (int64_t m = 0; m < M; m += kRows)
+    for (int64_t k = 0; k < K; k += piece) {
+      const int64_t rows = std::min(kRows, M - m), depth = std::min(piece, K - k);
+      const bool add = add_C || k > 0;
+      for (int64_t r = 0; r < rows; ++r) convert_row(A + (m + r) * lda + k, a + r * kLongestSum, depth);
+      for (int64_t n = 0; n < N; n += kWidth) {
+        const int64_t width = std::min(kWidth, N - n);
+        for (int64_t i = 0; i < depth; i += 2)
+          for (int64_t j = 0; j < width; j += kLanes) {
+            IntVec words;
+            std::memcpy(&words, B + (k + i) * ldb + 2 * (n + j), sizeof words);
+            store(math::bit_cast<Vec>(words << 16), b + i * kWidth + j);
+            store(math::bit_cast<Vec>(words & -0x10000), b + (i + 1) * kWidth + j);
+          }
+        const auto strip = width == kWidth ? portable_strip<2, false> : portable_strip<1, false>;
+        strip(rows, depth, kLongestSum, kWidth, ldc, add, kLanes, a, b, C + m * ldc + n);
+      }
+    }
 }
 
 // The depth of a product as its operands are packed: even for bf16, whose B holds pairs.

@@ -215,8 +215,8 @@ class EngineSteps:
             return "anomaly detection is on"
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
-            if dtype != torch.bfloat16 or name == "bce" or not _extension().multiplies_bfloat16():
-                return f"autocast to {dtype} is on, which the engine cannot follow for this loss on this CPU"
+            if dtype != torch.bfloat16 or name == "bce":
+                return f"autocast to {dtype} is on, which the engine cannot follow for this loss"
         if name not in self._target_reason:
             self._target_reason[name] = _data_reason(self._rows, name, stack[0][-1].out_features)
         return self._target_reason[name]

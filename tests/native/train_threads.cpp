@@ -45,27 +45,6 @@ void parallel_for(int64_t count, Runtime::Body body, void* context) {
   for (std::thread& thread : threads) thread.join();
 }
 
-float widened(uint16_t bits) {
-  const uint32_t word = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &word, sizeof value);
-  return value;
-}
-
-// In place of libtorch's: the engine has no portable product of bf16.
-void bfloat16_product(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add_C,
-                      const uint16_t* A, const uint16_t* B, float* C, bool) {
-  std::vector<float> sums(static_cast<size_t>(N));
-  for (int64_t m = 0; m < M; ++m) {
-    for (int64_t n = 0; n < N; ++n) sums[n] = add_C ? C[m * ldc + n] : 0.0f;
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t n = 0; n < N; ++n) sums[n] += widened(A[m * lda + k]) * widened(B[(k / 2 * ldb + n) * 2 + k % 2]);
-    for (int64_t n = 0; n < N; ++n) C[m * ldc + n] = sums[n];
-  }
-}
-
-void release(bool) {}
-
 struct Setup {
   Dtype dtype;
   std::vector<int64_t> widths;
@@ -167,7 +146,7 @@ class Job {
 
   // Steps [first, end); how many were taken.
   int64_t run(int64_t first, int64_t end, int64_t workers) {
-    const Runtime runtime = {parallel_for, workers, nullptr, bfloat16_product, release};
+    const Runtime runtime = {parallel_for, workers, nullptr, nullptr, nullptr};
     const int64_t begin = first * setup_.batch_size, rows = std::min(end * setup_.batch_size, setup_.rows) - begin;
     const TrainCall call = {x_.data(),
                             x_stride_,
