@@ -5,6 +5,7 @@
 #include "simd_impl.h"
 #include "gemm_impl.h"
 #include "forward_impl.h"
+#include "columns_impl.h"
 #include "backward_impl.h"
 #include "loss_impl.h"
 #include "dropout_impl.h"
@@ -25,6 +26,7 @@ namespace FASTENC_ISA {
 // fp32 multiplies as fp32. bf16 multiplies as bf16 where brgemm can, else widened to fp32, as fp16 always is: products
 // of bf16 are exact in fp32 either way.
 void forward(const ForwardArgs& args, const Runtime& runtime) {
+  if (args.dtype == Dtype::kFloat && takes_columns(args, runtime)) return forward_columns(args, runtime);
   if (args.dtype == Dtype::kFloat) return forward_as<float, float>(args, runtime);
   if (args.dtype == Dtype::kHalf) return forward_as<Half, float>(args, runtime);
   if (runtime.brgemm_bfloat16 != nullptr) return forward_as<BFloat16, BFloat16>(args, runtime);
