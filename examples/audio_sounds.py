@@ -15,7 +15,6 @@ with knows more than it: the mean spectrum of the very noise in each clip.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from comparing import Row, show, write_results
+from comparing import Row, arguments, show, write_results
 
 from fastenc import AutoEncoder, Classifier, Encoder, Trainer, plots
 from fastenc.frontends import FrontEncoder, Items, collect, make_loader
@@ -256,14 +255,14 @@ def row(what: str, figures: dict[str, list[float]]) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What sounds are, and what they were without noise.")
-    parser.add_argument("--out", type=Path, default=Path("out/audio_sounds"), help="folder (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the files, 4 times those over the clips")
-    parser.add_argument("--seeds", type=int, default=3, help="how often, each from other numbers (%(default)s)")
-    parser.add_argument("--share", type=float, default=1.0, help="of the files and clips to make (%(default)s)")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
+    args = arguments(
+        "What sounds are, and what they were without noise.",
+        "audio_sounds",
+        epochs=40,
+        seeds=3,
+        over="the files, 4 times those over the clips",
+        share=(1.0, "of the files and clips to make"),
+    )
     each, trained, scored, speeds = (max(1, round(args.share * n)) for n in (EACH, TRAINED, SCORED, len(SPEEDS)))
     rows = []
     write_sounds(args.out / "sounds", each, np.random.default_rng(0))

@@ -39,17 +39,30 @@ def write_results(out: Path, rows: Sequence[Row]) -> None:
     (out / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
-def arguments(description: str, name: str, *, epochs: int, seeds: int, rows: int | None = None) -> Any:
+def arguments(
+    description: str,
+    name: str,
+    *,
+    epochs: int,
+    seeds: int,
+    rows: int | None = None,
+    over: str = "the training rows",
+    **more: tuple[float, str],
+) -> Any:
     """The parsed command line; the output folder is made, and PyTorch runs on one thread, which suits small models.
 
     rows: with an option for how many rows of the data are taken; this many by default.
+    over: what an epoch is a pass over.
+    more: further options that take a number: its default, of the type that is read, and what it is.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, default=Path("out") / name, help="folder for the picture (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=epochs, help="passes over the training rows (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=epochs, help=f"passes over {over} (%(default)s)")
     parser.add_argument("--seeds", type=int, default=seeds, help="how often, each from other numbers (%(default)s)")
     if rows is not None:
         parser.add_argument("--rows", type=int, default=rows, help="of the data (%(default)s)")
+    for option, (default, what) in more.items():
+        parser.add_argument(f"--{option}", type=type(default), default=default, help=f"{what} (%(default)s)")
     found = parser.parse_args()
     found.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)

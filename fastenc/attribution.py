@@ -21,7 +21,7 @@ from .files import replacing
 from .modules import FusedDense
 from .plain import to_plain
 from .report import table
-from .training.trainer import in_features
+from .training.inputs import in_features, place_of
 from .training.weights import mode
 
 STEPS = 64  # of the integral; Gauss-Legendre, exact for smooth functions long before
@@ -212,7 +212,7 @@ def row_attributions(
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; give one of {', '.join(METHODS)}")
     require("captum", "attribution", "tools")
-    place = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    place = place_of(model)
     rows = as_rows(x, dtype=place.dtype, features=in_features(model))
     start = rows.double().mean(0) if baseline is None else _baseline(baseline, rows.shape[1])
     inputs, origin = rows.to(place.device), start.to(place.device, place.dtype).expand(1, -1)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from .data import DataError, as_rows, as_target
 from .data.extras import require
 from .training import History, Trainer
+from .training.inputs import in_features, place_of
 from .training.losses import BATCH_LOSSES, fit_target, get_loss, loss_name
 from .training.optimizers import make_optimizer
 from .training.rng import RandomNumbers
-from .training.trainer import in_features
 from .training.weights import mode
 
 DELTA, MAX_GRAD_NORM = 1e-5, 1.0
@@ -118,7 +118,7 @@ def fit_private(
     """
     require("opacus", "private training", "tools")
     _check(model, epsilon, delta, max_grad_norm, loss, optimizer, epochs, batch_size)
-    place = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    place = place_of(model)
     if place.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the model is in {place.dtype}, too coarse for the noise; make it float32")
     rows, target = _rows_and_target(model, x, y, loss, place)

@@ -2,6 +2,7 @@
 
 import accuracy
 import pytest
+import torch
 
 import fastenc
 from fastenc.backends import cpu
@@ -26,6 +27,21 @@ def step_by_step():
     """Training by one operation after another: the engine's sums differ in the last bits."""
     with fastenc.use_backend("reference"):
         yield
+
+
+@pytest.fixture
+def always_fused():
+    """Fuse whatever the CPU's kernels take, so that tests are the same on every CPU."""
+    with fastenc.use_backend("cpu"):
+        yield
+
+
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile without what it compiled for other tests."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture(params=accuracy.PATHS)

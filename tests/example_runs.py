@@ -1,10 +1,13 @@
-"""Running an example as a program of its own, and reading what it printed and drew."""
+"""Running an example as a program of its own, reading what it printed and drew, and its parts as modules."""
 
+import importlib
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from matplotlib.image import imread
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -29,3 +32,13 @@ def figure(output, row):
     """The first number in the table's row of this name."""
     (line,) = (line for line in output.splitlines() if line.startswith(f"{row} "))
     return float(line[len(row) :].split()[0])
+
+
+@contextmanager
+def imported(*names):
+    """Modules of the examples, which find each other in their folder; forgotten afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        yield [importlib.import_module(name) for name in names]
+    for name in (*names, "comparing"):
+        sys.modules.pop(name, None)

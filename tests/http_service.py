@@ -1,8 +1,9 @@
-"""What the tests of `fastenc serve` share: saved models, a server in a thread, a server as a process."""
+"""What the tests of `fastenc serve` share: saved models, a server in a thread or as a process, reading its answers."""
 
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 import fastenc
 from fastenc.data import DataError, Preprocessor
 from fastenc.frontends import Collection, FrontEncoder, FrontEnd, Reader
+from fastenc.pipeline import SavedModel
 from fastenc.serving import Settings, listen, make_app, make_server
 from fastenc.serving.server import address
 
@@ -52,6 +54,12 @@ def save_model(folder: Path, features: object, seed: int = 0, widths: Sequence[i
         model = fastenc.AutoEncoder(fastenc.Encoder(len(preprocessor.feature_names), widths, activation="tanh"))
     model.save_pretrained(folder, preprocessing=preprocessor.to_dict())
     return folder
+
+
+def array_model(folder: Path) -> tuple[SavedModel, np.ndarray]:
+    """A model of four numbers, learned from an array, and rows for it."""
+    x = np.random.default_rng(1).normal(size=(30, 4))
+    return SavedModel(save_model(folder, x)), x
 
 
 class Numbers(FrontEnd):
@@ -187,3 +195,33 @@ def wait_until(true: object, what: str) -> None:
     while not true():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
+
+
+def as_bytes(save: Callable, *arguments: object, **options: object) -> bytes:
+    """What `save` writes to a file."""
+    file = io.BytesIO()
+    save(file, *arguments, **options)
+    return file.getvalue()
+
+
+def upload(client: httpx.Client, name: str, content: str | bytes, **options: object) -> httpx.Response:
+    return client.post("encode", files={"file": (name, content)}, **options)
+
+
+def vectors(response: httpx.Response) -> np.ndarray:
+    """The vectors of an answer to encode."""
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    assert answer["rows"] == len(answer["vectors"])
+    assert {len(vector) for vector in answer["vectors"]} == {answer["width"]}
+    return np.array(answer["vectors"], np.float32)
+
+
+def refusal(response: httpx.Response, status: int) -> str:
+    """The one sentence of a refusal."""
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error"}
+    sentence = response.json()["error"]
+    assert "\n" not in sentence
+    assert "Traceback" not in sentence
+    return sentence

@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from example_runs import EXAMPLES, compare, figure
+from example_runs import compare, figure, imported
 
 PAGE = (Path(__file__).parents[1] / "docs" / "applications" / "audio.md").read_text()
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -25,14 +24,10 @@ FILES = {
 
 
 @pytest.fixture
-def example(monkeypatch):
+def example():
     """The program as a module."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import audio_sounds
-
-    yield audio_sounds
-    for name in ("audio_sounds", "comparing"):
-        sys.modules.pop(name, None)
+    with imported("audio_sounds") as (audio_sounds,):
+        yield audio_sounds
 
 
 @pytest.fixture

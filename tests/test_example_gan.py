@@ -1,12 +1,11 @@
 """The GAN on digits as a program, at a smaller size; and that its loss differentiates the fused layers twice."""
 
 import json
-import sys
 
 import pytest
 import torch
 from accuracy import distance, eager, largest
-from example_runs import EXAMPLES, compare, figure
+from example_runs import compare, figure, imported
 
 from fastenc import Encoder
 
@@ -24,13 +23,9 @@ def test_gan_digits(tmp_path):
 
 
 @pytest.fixture
-def gan_digits(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import gan_digits
-
-    yield gan_digits
-    for name in ("gan_digits", "comparing"):
-        sys.modules.pop(name, None)
+def gan_digits():
+    with imported("gan_digits") as (gan_digits,):
+        yield gan_digits
 
 
 def test_the_penalty_differentiates_the_fused_critic_twice(gan_digits):

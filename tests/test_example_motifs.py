@@ -1,12 +1,11 @@
 """The example of motifs in promoters: its data, its formulas, and its figures at a small size."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from example_runs import EXAMPLES, compare, figure, run
+from example_runs import EXAMPLES, compare, figure, imported, run
 from matplotlib.figure import Figure
 
 from fastenc.frontends import collect
@@ -15,16 +14,9 @@ from fastenc.frontends.sequences import SequenceReader
 
 @pytest.fixture(scope="module")
 def examples():
-    """The example's modules, which find each other in their folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXAMPLES))
-        import motif_pictures
-        import motifs
-        import planted_motifs
-
-        yield motifs, planted_motifs, motif_pictures
-    for name in ("motifs", "planted_motifs", "motif_pictures", "comparing"):
-        sys.modules.pop(name, None)
+    """The example's modules."""
+    with imported("motifs", "planted_motifs", "motif_pictures") as modules:
+        yield modules
 
 
 def test_what_is_planted(examples):

@@ -1,12 +1,11 @@
 """Super-resolution as a program, at a smaller size; and that its patches fit together again."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from example_runs import EXAMPLES, compare, figure
+from example_runs import compare, figure, imported
 
 
 def test_super_resolution(tmp_path):
@@ -24,13 +23,9 @@ def test_super_resolution(tmp_path):
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import super_resolution
-
-    yield super_resolution
-    for name in ("super_resolution", "comparing"):
-        sys.modules.pop(name, None)
+def example():
+    with imported("super_resolution") as (super_resolution,):
+        yield super_resolution
 
 
 def test_with_all_that_is_missing_a_photograph_is_the_original(example):

@@ -1,7 +1,6 @@
-"""DNA, RNA and protein: what is read of FASTA, what each letter means, and features that padding does not change."""
+"""The front end of DNA, RNA and protein: features that padding does not change, and what models learn of them."""
 
 import copy
-import gzip
 import re
 from itertools import product
 from pathlib import Path
@@ -10,47 +9,23 @@ import numpy as np
 import pytest
 import torch
 from accuracy import Worst
-from Bio.Data import IUPACData
 from Bio.Seq import Seq
+from small_sequences import batch, make, texts
 from torch.nn import functional as F
 
 from fastenc import AutoEncoder, Classifier, Encoder, FusedDense, Trainer, explain, load_with_preprocessing
-from fastenc.data import DataError
-from fastenc.frontends import FrontEncoder, Items, collect, encode_items, kind_of, make_loader, reader_from_dict
+from fastenc.frontends import FrontEncoder, Items, encode_items, make_loader, reader_from_dict
 from fastenc.frontends.alphabets import ALPHABETS
-from fastenc.frontends.fasta import Record, parse_fasta
 from fastenc.frontends.sequences import SequenceFrontEnd, SequenceReader, kmer_composition
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-IUPAC = {
-    "dna": IUPACData.ambiguous_dna_values,
-    "rna": IUPACData.ambiguous_rna_values,
-    "protein": IUPACData.extended_protein_values,
-}
 OPTIONS = (
     {"alphabet": "dna"},
     {"alphabet": "dna", "widths": (3,), "filters": (5,), "kmer": 2},
     {"alphabet": "rna", "widths": (4, 2, 3), "filters": (6, 5, 4), "pool": 3, "kmer": 3, "both_strands": True},
     {"alphabet": "protein", "widths": (7, 3), "filters": (8, 4), "pool": 1, "kmer": 1},
 )
-
-
-def make(seed=0, **options):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return SequenceFrontEnd(**options)
-
-
-def texts(alphabet, lengths, seed=0):
-    symbols = np.array(list(ALPHABETS[alphabet].symbols))
-    random = np.random.default_rng(seed)
-    return ["".join(random.choice(symbols, length)) for length in lengths]
-
-
-def batch(alphabet, *sequences):
-    reader = SequenceReader(alphabet)
-    return reader.batch([reader.read(sequence) for sequence in sequences])
 
 
 def assert_same_features(actual, expected, front_end, x):
@@ -62,215 +37,6 @@ def assert_same_features(actual, expected, front_end, x):
         # The table's thirds are those of float32, as in the other two.
         worst.add({"features": actual}, {"features": expected}, {"features": exact(x)})
     worst.check()
-
-
-def write(path, text, packed=False):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
-    return path
-
-
-# Letters.
-
-
-@pytest.mark.parametrize("alphabet", ALPHABETS)
-def test_every_letter_stands_for_what_iupac_says(alphabet):
-    front_end, of = make(alphabet=alphabet), ALPHABETS[alphabet]
-    own = {"T": "U"} if alphabet == "rna" else {"U": "T"} if alphabet == "dna" else {"U": "C", "O": "K", "*": "*"}
-    known = IUPAC[alphabet] | own
-    assert set(of.symbols) == set(known) - ({"X"} if of.nucleotides else set())  # for which nucleotides have N
-    for symbol in of.symbols:
-        (row,) = front_end.letters(batch(alphabet, symbol))[0]
-        meant = set(known[symbol])
-        for letter, share in zip(of.letters, row.tolist(), strict=True):
-            assert share == pytest.approx(1 / len(meant) if letter in meant else 0), symbol
-    assert not front_end.letters(torch.zeros(1, 1, dtype=torch.int64)).any()
-
-
-def test_small_letters_t_and_u_and_gaps():
-    x = batch("dna", "ACGTNRY")
-    for same in ("acgtnry", "AcGUnRy", "--AC-GTN.RY-", " ACG\nTNR Y\r\n"):
-        assert torch.equal(batch("dna", same), x) or same == "AcGUnRy"
-        assert torch.equal(make(alphabet="dna")(batch("dna", same)), make(alphabet="dna")(x))
-    assert torch.equal(make(alphabet="rna")(batch("rna", "ACGUN")), make(alphabet="dna")(batch("dna", "ACGTN")))
-
-
-def test_unknown_letters_name_record_and_position():
-    record = Record("seq7", "seq7 of mine", "AC-GT7A")
-    with pytest.raises(DataError, match=r"record seq7 has '7' at position 6, and DNA is written in ACGTRY.*correct it"):
-        SequenceReader("dna").read(record)
-    for text, letter in (("ACGé", "é"), ("AC\x00", "\\x00"), ("ACE", "E"), ("ACG*", "*"), ("A?", "?")):
-        message = rf"the sequence has '{re.escape(letter)}' at position {len(text) if letter != 'E' else 3}, and"
-        with pytest.raises(DataError, match=message):
-            SequenceReader("dna").read(text)
-    with pytest.raises(DataError, match="'1' at position 3, and protein is written in ACDEF"):
-        SequenceReader("protein").read("MK1")
-
-
-@pytest.mark.parametrize(
-    ("sequences", "alphabet"),
-    [
-        (["ACGT", "acgtnn", "RYSWKMBDHVNACGTACGTA"], "dna"),
-        (["ACGACGACGACC", "ACG"], "dna"),  # neither T nor U
-        (["ACGU", "GGGGGGCCCCAAN"], "rna"),
-        (["MKVLAAGIVGLLLAQWERTY", "GATTACA"], "protein"),  # short enough for a peptide
-        (["MKV*", "MSX"], "protein"),
-        (["MKVSAR", "RKDSHV"], "protein"),  # all are nucleotides' letters, few are nucleotides
-        (["MCUTGE"], "protein"),  # selenocysteine
-    ],
-)
-def test_fit_finds_the_alphabet(sequences, alphabet):
-    reader = SequenceReader().fit(sequences)
-    assert (reader.alphabet, reader.longest) == (alphabet, max(map(len, sequences)))
-    assert reader.front_end().alphabet == alphabet
-
-
-def test_fit_refuses_mixtures():
-    dna, rna, protein = (
-        Record("a", "a", "ACGTACGTACGTAC"),
-        Record("b", "b", "ACGUACGUACGUAC"),
-        Record("c", "c", "MKVLAAGIVGLLLAQWERTY"),
-    )
-    with pytest.raises(DataError, match="record a reads as DNA or RNA and record c as protein; train on one kind"):
-        SequenceReader().fit([dna, protein])
-    with pytest.raises(DataError, match="record a has T, of DNA, and record b has U, of RNA; train on one kind"):
-        SequenceReader().fit([rna, dna])
-    with pytest.raises(DataError, match="the sequence has both T, of DNA, and U, of RNA"):
-        SequenceReader().fit(["ACGUT"])
-    assert SequenceReader("dna").fit([dna, rna]).longest == 14
-    with pytest.raises(DataError, match="record d has 'E' at position 15, and DNA"):
-        SequenceReader().fit([dna, Record("d", "d", dna.sequence + "E")])  # a slip, and no protein
-
-
-def test_nothing_to_read():
-    with pytest.raises(DataError, match="there are no sequences"):
-        SequenceReader().fit([])
-    for empty in ("", "--", " \n"):
-        with pytest.raises(DataError, match="the sequence has no letters; leave it out"):
-            SequenceReader().fit([empty])
-    with pytest.raises(DataError, match="record hollow has no letters"):
-        SequenceReader("dna").read(b">hollow\n>other\nACGT"[:8])
-    with pytest.raises(ValueError, match="the reader knows no alphabet yet; call fit"):
-        SequenceReader().read("ACGT")
-    with pytest.raises(DataError, match="not int; give one"):
-        SequenceReader("dna").read(7)
-    with pytest.raises(ValueError, match="there is no alphabet 'xna'; the known ones are dna, rna, protein"):
-        SequenceReader("xna")
-
-
-# FASTA.
-
-
-def test_fasta_in_all_its_looks(tmp_path):
-    text = ">one  a description\nACGT\nac gt\n\nAC\n>two|x\r\nGGGG\r\n>\nTTTT\n"
-    expected = [
-        Record("one", "one  a description", "ACGTacgtAC"),
-        Record("two|x", "two|x", "GGGG"),
-        Record("number 3", "", "TTTT"),
-    ]
-    for name, packed in (("a.fasta", False), ("a.FA.gz", True), ("other.txt", False)):
-        path = write(tmp_path / name, text, packed)
-        found = SequenceReader.collect(path)
-        assert (found.kind, found.source, found.labels) == ("sequence", str(path), None)
-        assert (list(found.items), list(found.names)) == (expected, ["one", "two|x", "number 3"])
-    assert parse_fasta(text.encode()) == parse_fasta(gzip.compress(text.encode())) == expected
-    assert parse_fasta(text.replace("\r", "").replace("\n", "\r").encode()) == expected
-    assert parse_fasta(b"\n; a comment of old\n>a\nAC\n") == [Record("a", "a", "AC")]
-    assert kind_of(str(tmp_path / "a.fasta")) == "sequence"
-    assert len(collect(str(tmp_path / "a.fasta"), "sequence")) == 3
-
-
-def test_reading_fasta_text_and_bytes():
-    reader = SequenceReader("dna")
-    codes = reader.read("ACGTN")
-    assert codes.dtype == np.uint8
-    for same in (
-        ">a b\nACG\nTN",
-        b">a b\nACG\nTN\n",
-        gzip.compress(b">a\nACGTN"),
-        Record("a", "a", "ACGTN"),
-        " \n>a\nACGTN",
-    ):
-        np.testing.assert_array_equal(reader.read(same), codes)
-    with pytest.raises(DataError, match="holds 2 records and one is read at a time; take each from parse_fasta"):
-        reader.read(b">a\nAC\n>b\nGT\n")
-
-
-@pytest.mark.parametrize("content", [b"", b"\n\n", b"; nothing but a comment\n"])
-def test_no_records(tmp_path, content):
-    path = tmp_path / "empty.fasta"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=r"empty.fasta holds no sequences; give FASTA, in which"):
-        SequenceReader.collect(path)
-
-
-def test_what_is_no_fasta(tmp_path):
-    junk = np.random.default_rng(0).bytes(4096)
-    (tmp_path / "junk.fa").write_bytes(b"\x00" + junk)
-    with pytest.raises(DataError, match=r"junk.fa does not begin with > and is no FASTA"):
-        SequenceReader.collect(tmp_path / "junk.fa")
-    with pytest.raises(DataError, match="the FASTA text does not begin with >"):
-        SequenceReader("dna").read(b"ACGT")
-    (tmp_path / "junk.fa").write_bytes(b">" + junk)
-    with pytest.raises(DataError):
-        SequenceReader().fit(SequenceReader.collect(tmp_path / "junk.fa").items)
-    packed = gzip.compress(b">a\nACGT" * 1000)
-    for name, content in (("a.fa.gz", b">a\nACGT"), ("b.fa.gz", packed[:-20]), ("c.fa.gz", packed[:12] + junk)):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=rf"{name} cannot be read \(.*\); give a FASTA file, or one packed by gzip"):
-            SequenceReader.collect(tmp_path / name)
-    with pytest.raises(DataError, match="the FASTA text cannot be unpacked"):
-        parse_fasta(packed[:-20])
-
-
-def test_what_unpacks_to_too_much(monkeypatch):
-    monkeypatch.setattr("fastenc.frontends.fasta._MOST", 1 << 20)
-    with pytest.raises(DataError, match="the FASTA text unpacks to more than 1 MiB; give fewer"):
-        parse_fasta(gzip.compress(b">a\n" + b"A" * (1 << 20)))
-
-
-# Labels.
-
-
-def test_labels_in_descriptions(tmp_path):
-    path = write(
-        tmp_path / "a.fa",
-        '>a label=yes n=1 w=0.5 [organism=Homo sapiens]\nAC\n>b|label=no;n=-2,w=2e3 organism="Mus musculus"\nGT\n',
-    )
-    for key, values in (
-        ("label", ["yes", "no"]),
-        ("organism", ["Homo sapiens", "Mus musculus"]),
-        ("n", [1, -2]),
-        ("w", [0.5, 2000.0]),
-    ):
-        labels = SequenceReader.collect(path, target=key).labels
-        assert labels.tolist() == values
-        assert labels.dtype == {"n": np.int64, "w": np.float64}.get(key, object)
-    with pytest.raises(DataError, match=r"record a says nothing of abel; write abel=\.\.\. after its name"):
-        SequenceReader.collect(path, target="abel")
-
-
-def test_labels_of_folders_and_files(tmp_path):
-    write(tmp_path / "folders" / "yes" / "a.fa", ">a\nAC\n>b\nGT\n")
-    write(tmp_path / "folders" / "no" / "deep" / "c.fna.gz", ">c\nGG\n", packed=True)
-    write(tmp_path / "folders" / "no" / "notes.gz", "no FASTA", packed=True)
-    found = SequenceReader.collect(tmp_path / "folders")
-    assert found.labels.tolist() == ["no", "yes", "yes"]
-    assert list(found.names) == [str(Path("no/deep/c.fna.gz: c")), "yes/a.fa: a", "yes/a.fa: b"]
-    write(tmp_path / "files" / "yes.fasta", ">a\nAC\n>b\nGT\n")
-    write(tmp_path / "files" / "no.fasta.gz", ">c\nGG\n", packed=True)
-    assert SequenceReader.collect(tmp_path / "files").labels.tolist() == ["no", "yes", "yes"]
-    write(tmp_path / "one" / "all.faa", ">a label=x\nMKV\n")
-    assert SequenceReader.collect(tmp_path / "one").labels is None
-    assert SequenceReader.collect(tmp_path / "one", target="label").labels.tolist() == ["x"]
-    write(tmp_path / "none" / "notes.gz", "no FASTA", packed=True)
-    for folder in ("none", "empty"):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        with pytest.raises(DataError, match=rf"{folder} holds no files in \.fasta, \.fa"):
-            SequenceReader.collect(tmp_path / folder)
-
-
-# Features.
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -147,13 +147,6 @@ def test_functional_call():
 # torch.compile and torch.export. "aot_eager" is all of torch.compile but the code generation, which takes seconds.
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 @for_each_activation
 def test_compile_is_full_graph(fresh_compiler, activation):
     for widths in [(9, 17), (9, 17, 5)]:

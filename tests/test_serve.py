@@ -1,12 +1,6 @@
-"""What the service answers: to rows, texts and files, and to what it must refuse."""
+"""What the service answers to rows, texts and files: what the model gives, and what became of them on the way."""
 
 from __future__ import annotations
-
-import io
-import json
-import pickle
-import re
-import threading
 
 import numpy as np
 import pandas as pd
@@ -16,25 +10,21 @@ from http_service import (
     LinesReader,
     Numbers,
     NumbersReader,
-    connect,
+    array_model,
+    as_bytes,
     integer_model,
     people,
-    read_all,
+    refusal,
     save_model,
     serving,
-    wait_until,
+    upload,
+    vectors,
 )
 
 import fastenc
 from fastenc.frontends import kinds
 from fastenc.pipeline import SavedModel
-from fastenc.serving import app as app_module
 from fastenc.serving.answers import principal_plane
-from fastenc.serving.guard import host_name
-from fastenc.serving.inputs import shown_name
-
-TOKEN = "a-token-of-some-length"
-JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +34,13 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(saved):
-    with serving(saved, max_rows=50, max_bytes=100_000) as client:
+    with serving(saved) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def array(tmp_path_factory):
-    """A model of four numbers, learned from an array, and rows for it."""
-    x = np.random.default_rng(1).normal(size=(30, 4))
-    return SavedModel(save_model(tmp_path_factory.mktemp("array") / "model", x)), x
+    return array_model(tmp_path_factory.mktemp("array") / "model")
 
 
 @pytest.fixture
@@ -65,34 +53,6 @@ def known_kinds(monkeypatch):
 
 def codes(saved, features):
     return np.concatenate(list(saved.codes([saved.prepare("x", features).x])))
-
-
-def vectors(response):
-    assert response.status_code == 200, response.text
-    answer = response.json()
-    assert answer["rows"] == len(answer["vectors"])
-    assert {len(vector) for vector in answer["vectors"]} == {answer["width"]}
-    return np.array(answer["vectors"], np.float32)
-
-
-def refusal(response, status):
-    """The one sentence of a refusal."""
-    assert response.status_code == status, response.text
-    assert set(response.json()) == {"error"}
-    sentence = response.json()["error"]
-    assert "\n" not in sentence
-    assert "Traceback" not in sentence
-    return sentence
-
-
-def upload(client, name, content, **options):
-    return client.post("encode", files={"file": (name, content)}, **options)
-
-
-def as_bytes(save, *arguments, **options):
-    file = io.BytesIO()
-    save(file, *arguments, **options)
-    return file.getvalue()
 
 
 def records(frame):
@@ -212,279 +172,6 @@ def test_texts_and_files_of_several_items(tmp_path, known_kinds):
         }
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "words"),
-    [
-        (b"{", 400, "not JSON"),
-        (b"\xff", 400, "not JSON"),
-        (b"[" * 10_000, 400, "not JSON"),
-        (b'{"rows": [[' + b"1" * 5000 + b"]]}", 400, "not JSON"),
-        (b'{"rows": [[NaN, "red", 1]]}', 400, "give null"),
-        (b"[1, 2]", 422, "one JSON object"),
-        (b"{}", 422, "one JSON object"),
-        (b'{"rows": [[1, "red", 2]], "texts": ["a"]}', 422, "either"),
-        (b'{"rows": []}', 422, "at least one"),
-        (b'{"rows": 3}', 422, "at least one"),
-        (b'{"rows": [3]}', 422, "row 0"),
-        (b'{"rows": [[1, "red", 2], {"age": 1}]}', 422, "row 1"),
-        (b'{"rows": [[1, "red"]]}', 422, "age, colour, height"),
-        (b'{"rows": [["old", "red", 2]]}', 422, "'age'"),
-        (b'{"rows": [[[1], "red", 2]]}', 422, "'age'"),
-        (b'{"rows": [{"age": 1}]}', 422, "'colour', 'height'"),
-        (b'{"rows": [{"age": 1, "colour": "red", "height": 1}, {"age": 1, "colour": "red"}]}', 422, "'height'"),
-        (b'{"texts": ["a"]}', 422, "no texts"),
-        (json.dumps({"rows": [[1, "red", 2]] * 51}).encode(), 413, "51 rows"),
-    ],
-)
-def test_bad_json_is_one_sentence(client, body, status, words):
-    assert words in refusal(client.post("encode", content=body, headers=JSON), status)
-
-
-class Trap:
-    """Unpickled, it would be noticed."""
-
-    def __reduce__(self):
-        return (pytest.fail, ("a pickle was opened",))
-
-
-def test_bad_files_are_one_sentence(client):
-    frame = people(60)
-    trap = as_bytes(np.save, np.array([[Trap()]], dtype=object), allow_pickle=True)
-    for name, content, status, words in [
-        ("trap.npy", trap, 422, "trap.npy holds pickled Python objects"),
-        ("trap.pkl", pickle.dumps(Trap()), 415, ".csv or .npy or .parquet"),
-        ("people", b"a,b\n1,2\n", 415, ".csv"),
-        ("short.npy", as_bytes(np.save, np.ones((4, 3)))[:-5], 422, "short.npy is cut short"),
-        ("text.parquet", b"not parquet", 422, "text.parquet is not Parquet"),
-        ("ragged.csv", b"age,colour,height\n1,red,2\n1,2\n", 422, "ragged.csv"),
-        ("empty.csv", b"", 422, "empty.csv is empty"),
-        ("narrow.csv", b"age\n1\n", 422, "narrow.csv: the table has no column 'colour', 'height'"),
-        ("many.csv", frame.to_csv(index=False).encode(), 413, "60 rows"),
-        ("many.parquet", as_bytes(lambda file: frame.to_parquet(file)), 413, "60 rows"),
-        ("../../etc/passwd.csv", b"", 422, "passwd.csv is empty"),
-    ]:
-        sentence = refusal(upload(client, name, content), status)
-        assert words in sentence
-        assert "/tmp" not in sentence
-        assert "0.csv" not in sentence
-    csv = people().to_csv(index=False)
-    assert "2 files" in refusal(client.post("encode", files=[("file", ("a.csv", csv)), ("file", ("b.csv", csv))]), 422)
-    assert "no file" in refusal(client.post("encode", files={"file": (None, "text")}), 422)
-    broken = {"Content-Type": "multipart/form-data; boundary=x"}
-    refusal(client.post("encode", content=b"nothing", headers=broken), 400)
-    refusal(client.post("encode", content=b"", headers={"Content-Type": "multipart/form-data"}), 400)
-
-
-def test_other_ways_to_ask_are_refused(client):
-    assert "Content-Type" in refusal(client.post("encode", content=b"a,b\n1,2\n"), 415)
-    assert "Content-Encoding" in refusal(
-        client.post("encode", content=b"{}", headers={**JSON, "Content-Encoding": "gzip"}), 415
-    )
-    assert "/encode" in refusal(client.get("models"), 404)
-    assert "POST" in refusal(client.get("encode"), 405)
-    assert "map" in refusal(client.post("encode?map=perhaps", json={"rows": [[1, "red", 2]]}), 422)
-    for path in ("docs", "redoc", "openapi.json"):
-        refusal(client.get(path), 404)
-
-
-def test_a_body_over_the_limit_is_refused_before_it_is_read(client):
-    sent = 0
-
-    def chunks():
-        """A body without an end and without Content-Length; its end is the refusal."""
-        nonlocal sent
-        while not done.is_set():
-            sent += 10_000
-            yield b" " * 10_000
-            if sent > 400_000:
-                done.wait(0.01)
-            assert sent < 50_000_000, "the server reads on"
-
-    done = threading.Event()
-    stated = connect(client.base_url)
-    with stated:
-        stated.sendall(
-            b"POST /encode HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: 100001\r\nConnection: close\r\n\r\n"
-        )
-        assert stated.recv(1000).startswith(b"HTTP/1.1 413 ")  # nothing of the body was sent
-    chunked = connect(client.base_url)
-    with chunked:
-        chunked.sendall(
-            b"POST /encode HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
-        )
-        thread = threading.Thread(target=lambda: send_chunks(chunked, chunks()))
-        thread.start()
-        assert chunked.recv(1000).startswith(b"HTTP/1.1 413 ")
-        done.set()
-        thread.join()
-    exact = b'{"rows": [[1, "red", 2]]}'.ljust(100_000)
-    assert len(vectors(client.post("encode", content=exact, headers=JSON))) == 1
-    assert "100000 bytes" in refusal(client.post("encode", content=exact + b" ", headers=JSON), 413)
-    assert "100000 bytes" in refusal(upload(client, "people.csv", b"a\n" * 60_000), 413)
-
-
-def send_chunks(connection, chunks):
-    try:
-        for chunk in chunks:
-            connection.sendall(b"%x\r\n%s\r\n" % (len(chunk), chunk))
-    except OSError:
-        pass  # the server has closed
-
-
-def test_a_body_that_does_not_come_is_given_up(saved, monkeypatch):
-    monkeypatch.setattr(app_module, "READ_SECONDS", 0.2)
-    with serving(saved, queue=1) as client:
-        with connect(client.base_url) as connection:
-            connection.sendall(
-                b"POST /encode HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                b"Content-Length: 100\r\nConnection: close\r\n\r\n{"
-            )
-            assert read_all(connection).startswith(b"HTTP/1.1 408 ")
-        assert len(vectors(client.post("encode", json={"rows": [[1, "red", 2]]}))) == 1
-
-
-def test_a_client_that_leaves_does_no_harm(saved):
-    with serving(saved, queue=1) as client:
-        for _ in range(3):
-            with connect(client.base_url) as connection:
-                connection.sendall(
-                    b"POST /encode HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                    b"Content-Length: 100\r\n\r\n{"
-                )
-        row = {"rows": [[1, "red", 2]]}
-        wait_until(lambda: client.post("encode", json=row).status_code == 200, "the queue stays full")
-
-
-class Blocked(torch.nn.Module):
-    """An encoder that waits until it may go on."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder, self.out_features, self.in_features = encoder, encoder.out_features, encoder.in_features
-        self.may_go, self.calls = threading.Event(), 0
-
-    def forward(self, x):
-        self.calls += 1
-        assert self.may_go.wait(60)
-        return self.encoder(x)
-
-
-def test_a_full_server_says_so(array, monkeypatch):
-    saved, x = array
-    blocked = Blocked(saved.encoder)
-    monkeypatch.setattr(saved, "encoder", blocked)
-    blocked.may_go.set()
-    body = {"rows": x.tolist()}
-    with serving(saved, queue=2) as client:
-        blocked.may_go.clear()
-        answers = []
-        threads = [threading.Thread(target=lambda: answers.append(client.post("encode", json=body))) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: metric(client, "fastenc_inside_requests") == 2, "the requests do not come in")
-        response = client.post("encode", json=body)
-        assert "2 requests" in refusal(response, 503)
-        assert response.headers["Retry-After"] == "1"
-        assert client.get("health").json()["ready"]  # what needs no model goes on
-        blocked.may_go.set()
-        for thread in threads:
-            thread.join()
-        for answer in answers:
-            assert len(vectors(answer)) == 30
-        assert client.post("encode", json=body).status_code == 200
-
-
-def metric(client, name, **labels):
-    text = client.get("metrics").text
-    wanted = "".join(f'{key}="{value}"' + "," for key, value in labels.items()).rstrip(",")
-    line = re.search(rf"^{name}{re.escape('{' + wanted + '}') if wanted else ''} (\S+)$", text, re.MULTILINE)
-    return float(line[1]) if line else 0.0
-
-
-def test_metrics(saved):
-    with serving(saved) as client:
-        for _ in range(3):
-            client.post("encode", json={"rows": [[1, "red", 2]] * 5})
-        client.post("encode", json={})
-        client.get("wherever/it/is")
-        response = client.get("metrics")
-        assert response.headers["content-type"].startswith("text/plain")
-        assert metric(client, "fastenc_requests_total", path="/encode", status="200") == 3
-        assert metric(client, "fastenc_requests_total", path="/encode", status="422") == 1
-        assert metric(client, "fastenc_requests_total", path="other", status="404") == 1
-        assert metric(client, "fastenc_request_seconds_count", path="/encode") == 4
-        assert metric(client, "fastenc_rows_total") == 15
-        assert metric(client, "fastenc_batch_rows_count") == 3
-        assert metric(client, "fastenc_batch_rows_sum") == 15
-        assert metric(client, "fastenc_queue_requests") == 0
-
-
-def test_the_token(saved):
-    body = {"rows": [[1, "red", 2]]}
-    with serving(saved, token=TOKEN) as client:
-        for headers in ({}, {"Authorization": TOKEN}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}):
-            response = client.post("encode", json=body, headers=headers)
-            assert "Bearer TOKEN" in refusal(response, 401)
-            assert response.headers["WWW-Authenticate"] == "Bearer"
-            refusal(client.get("metrics", headers=headers), 401)
-            assert set(client.get("health", headers=headers).json()) == {"ready", "version", "token"}
-            assert client.get("", headers=headers).status_code == 200
-        right = {"Authorization": f"Bearer {TOKEN}"}
-        assert len(vectors(client.post("encode", json=body, headers=right))) == 1
-        assert client.get("metrics", headers=right).status_code == 200
-        assert client.get("health", headers=right).json()["model"]["columns"] == ["age", "colour", "height"]
-
-
-def test_other_hosts_are_refused_where_there_is_no_token(saved):
-    with serving(saved, hosts=("127.0.0.1", "localhost", "::1")) as client:
-        for host in ("localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "LOCALHOST"):
-            assert client.get("health", headers={"Host": host}).status_code == 200
-        for host in ("example.org", "localhost.example.org", "example.org:8000"):
-            assert "Host" in refusal(client.get("health", headers={"Host": host}), 400)
-    assert host_name("[2001:db8::1]:80") == "2001:db8::1"
-
-
-def test_health_tells_of_the_model_and_not_where_it_is(client, tmp_path_factory):
-    answer = client.get("health")
-    assert answer.json() == {
-        **{"ready": True, "version": fastenc.__version__, "token": False},
-        "model": {
-            **{"class": "AutoEncoder", "kind": "table", "width": 5, "columns": ["age", "colour", "height"]},
-            **{"files": [".csv", ".npy", ".parquet"], "texts": False},
-        },
-        "limits": {"rows": 50, "bytes": 100_000},
-    }
-
-
-def test_errors_of_our_own_tell_nothing(array, monkeypatch):
-    saved, x = array
-
-    class Broken(Blocked):
-        def forward(self, x):
-            if self.may_go.is_set():
-                raise RuntimeError("/a/secret/path is broken")
-            return self.encoder(x)
-
-    broken = Broken(saved.encoder)
-    monkeypatch.setattr(saved, "encoder", broken)
-    with serving(saved) as client:
-        broken.may_go.set()
-        assert "its log says more" in refusal(client.post("encode", json={"rows": x.tolist()}), 500)
-        assert metric(client, "fastenc_requests_total", path="/encode", status="500") == 1
-        broken.may_go.clear()
-        assert len(vectors(client.post("encode", json={"rows": x.tolist()}))) == 30
-
-
-def test_vectors_that_are_no_numbers_are_refused(tmp_path):
-    model = fastenc.Encoder(2, (1,), activation="identity")
-    torch.nn.init.constant_(model.layers[0].weight, 1e30)
-    model.save_pretrained(tmp_path / "model")
-    with serving(SavedModel(tmp_path / "model")) as client:
-        assert "row 1" in refusal(client.post("encode", json={"rows": [[0, 0], [1e30, 1e30]]}), 422)
-
-
 def test_the_map(array):
     saved, x = array
     with serving(saved) as client:
@@ -507,28 +194,3 @@ def test_the_map_of_little():
     points, explained = principal_plane(np.array([[1.0], [3.0]], np.float32))
     assert points.tolist() == [[-1.0, 0.0], [1.0, 0.0]]
     assert explained.tolist() == [1.0, 0.0]
-
-
-def test_the_page_needs_nothing_else(client):
-    response = client.get("")
-    page, policy = response.text, response.headers["content-security-policy"]
-    assert "default-src 'none'" in policy
-    assert "unsafe" not in policy
-    assert not re.search(r"https?://|//[a-z]", page)
-    assert not re.search(r"\bon\w+=|style=", page)  # which the policy would not let run
-    assert response.headers["x-content-type-options"] == "nosniff"
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("a.csv", "a.csv"),
-        ("../../etc/passwd", "passwd"),
-        ("C:\\data\\a.csv", "a.csv"),
-        ("", "the file"),
-        ("a\n\x00b.csv", "ab.csv"),
-        ("x" * 300 + ".csv", "x" * 96 + ".csv"),
-    ],
-)
-def test_names_of_files(name, shown):
-    assert shown_name(name) == shown

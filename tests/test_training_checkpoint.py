@@ -1,242 +1,23 @@
+"""What a checkpoint holds, and those that are refused: of other models, damaged, or where nothing can be written."""
+
 import errno
 import json
 import os
 import pickle
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from interrupted_fits import Interrupt, run
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small_models import assert_same_weights, make_classifier, make_model, make_x
 from torch import nn
-from torch.utils.data import TensorDataset
 
-from fastenc import AutoEncoder, Encoder, load_preprocessing, load_pretrained, use_backend
+from fastenc import AutoEncoder, Encoder
 from fastenc.files import canonical, text_digest
 from fastenc.training import Callback, CheckpointError, EarlyStopping, History, ModelCheckpoint, Trainer
-from fastenc.training.checkpoint import CHECKPOINT_FILE, Checkpoint, checkpoints
-
-
-class StopError(Exception):
-    pass
-
-
-class Interrupt(Callback):
-    """Ends a fit as an error would, after its checkpoint was saved: at the begin of an epoch, or of a step."""
-
-    def __init__(self, epoch, step=None):
-        self.epoch, self.step = epoch, step
-
-    @property
-    def inside_steps(self):
-        return self.step is not None
-
-    def on_epoch_begin(self, epoch):
-        self.now = epoch
-        if self.step is None and epoch == self.epoch:
-            raise StopError
-
-    def on_train_batch_begin(self, batch):
-        if (self.now, batch) == (self.epoch, self.step):
-            raise StopError
-
-
-def dropping_model():
-    return make_model(dropout=0.3)
-
-
-def torch_model():
-    with torch.random.fork_rng():
-        torch.manual_seed(2)
-        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 6))
-
-
-CASES = {
-    "engine": (make_model, {}, {}),
-    "engine with dropout": (dropping_model, {"optimizer": "adamw", "weight_decay": 0.1}, {}),
-    "engine with momentum": (make_model, {"optimizer": "sgd", "momentum": 0.9, "nesterov": True}, {}),
-    "in order": (dropping_model, {}, {"shuffle": False}),
-    "batch norm and dropout": (torch_model, {}, {}),
-    "cosine": (dropping_model, {"schedule": "cosine"}, {}),
-    "one cycle": (make_model, {"schedule": "one_cycle"}, {}),
-    "step": (make_model, {"schedule": "step"}, {}),
-    "warm up": (make_model, {"schedule": "warm_up"}, {}),
-    "plateau": (make_model, {"schedule": "plateau"}, {}),
-    "torch schedule": (make_model, {"schedule": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.7)}, {}),
-    "a rate for each step": (make_model, {"lr": lambda step: 0.01 / (1 + step)}, {}),
-    "accumulated": (dropping_model, {"accumulate": 3}, {}),
-    "bf16": (dropping_model, {"precision": "bf16"}, {}),
-    "clipped": (make_model, {"clip_norm": 0.1, "l1": 1e-3}, {}),
-    "global random numbers": (dropping_model, {"seed": None}, {}),
-}
-
-
-def run(case, folder=None, interrupt=None, resume=None, epochs=5, stopping=None, **checkpoint):
-    make, options, arguments = CASES[case]
-    torch.manual_seed(5)
-    random.seed(5)
-    model = make()
-    trainer = Trainer(model, **({"seed": 3, "lr": 0.01} | options))
-    stopping = stopping or EarlyStopping(patience=2)
-    callbacks = [stopping]
-    if folder is not None:
-        callbacks.insert(0, ModelCheckpoint(folder, **checkpoint))
-    if interrupt is not None:
-        callbacks.append(interrupt)
-    arguments = {"batch_size": 8, "validation_data": make_x(20), "verbose": False, **arguments}
-    if resume is not None:
-        torch.manual_seed(99)  # another process's
-    if interrupt is not None:
-        with pytest.raises(StopError):
-            trainer.fit(make_x(50), epochs=epochs, callbacks=callbacks, resume=resume, **arguments)
-    else:
-        trainer.fit(make_x(50), epochs=epochs, callbacks=callbacks, resume=resume, **arguments)
-    return trainer, stopping
-
-
-def assert_same(trainer, other):
-    assert_same_weights(trainer.model, other.model)
-    assert trainer.history.history == other.history.history
-    assert trainer.history.epoch == other.history.epoch
-    state, expected = trainer.optimizer.state_dict(), other.optimizer.state_dict()
-    assert state["param_groups"] == expected["param_groups"]
-    assert state["state"].keys() == expected["state"].keys()
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            assert torch.equal(value, expected["state"][index][name]), name
-    assert trainer.update.steps.taken == other.update.steps.taken
-
-
-BACKENDS = [(case, "auto") for case in CASES]
-BACKENDS += [(case, "reference") for case in ("engine with dropout", "cosine", "a rate for each step")]
-
-
-@pytest.mark.parametrize(("case", "backend"), BACKENDS)
-def test_resumed_is_bit_for_bit_uninterrupted(tmp_path, case, backend):
-    with use_backend(backend):
-        whole, stopping = run(case)
-        run(case, tmp_path, Interrupt(2))
-        resumed, same = run(case, tmp_path, resume=tmp_path)
-    assert_same(resumed, whole)
-    assert (same.best, same.best_epoch, same.stopped_epoch) == (
-        stopping.best,
-        stopping.best_epoch,
-        stopping.stopped_epoch,
-    )
-
-
-@pytest.mark.parametrize(("case", "backend"), BACKENDS)
-def test_resumed_inside_an_epoch_too(tmp_path, case, backend):
-    with use_backend(backend):
-        whole, _ = run(case)
-        every = 3 if case == "accumulated" else 2
-        run(case, tmp_path, Interrupt(1, 5), every_steps=every)
-        assert checkpoints(tmp_path)[-1].name == f"epoch-0001-step-00000{5 - 5 % every}"
-        resumed, _ = run(case, tmp_path, resume=tmp_path, every_steps=every)
-    assert_same(resumed, whole)
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_resumed_after_the_last_step_of_an_epoch(tmp_path, backend):
-    class BeforeValidation(Interrupt):
-        def on_test_begin(self):
-            if self.now == 1:
-                raise StopError
-
-    with use_backend(backend):
-        whole, _ = run("engine with dropout")
-        run("engine with dropout", tmp_path, BeforeValidation(None), every_steps=7)
-        assert checkpoints(tmp_path)[-1].name == "epoch-0001-step-000007"
-        resumed, _ = run("engine with dropout", tmp_path, resume=tmp_path, every_steps=7)
-    assert_same(resumed, whole)
-
-
-def test_the_engine_takes_the_steps_where_it_can():
-    assert "by the C++ engine" in run("engine with dropout")[0].explain()
-    assert "by the C++ engine" in run("cosine")[0].explain()
-    assert run("accumulated")[0].explain() == "step by step: the gradients of 3 batches make one update"
-
-
-def test_numpys_and_pythons_random_numbers_go_on_too(tmp_path):
-    class Draw(Callback):
-        def __init__(self):
-            self.drawn = []
-
-        def on_epoch_begin(self, epoch):
-            self.drawn.append((random.random(), np.random.rand()))
-
-    def fit(epochs, draw, **options):
-        random.seed(1)
-        np.random.seed(1)
-        Trainer(make_model(), seed=0).fit(
-            make_x(), epochs=epochs, callbacks=[draw, *options.pop("more", ())], **options
-        )
-
-    whole, first, rest = Draw(), Draw(), Draw()
-    fit(4, whole, verbose=False)
-    fit(2, first, verbose=False, more=[ModelCheckpoint(tmp_path, None)])
-    fit(4, rest, verbose=False, resume=tmp_path)
-    assert first.drawn + rest.drawn == whole.drawn
-
-
-def test_a_fit_that_a_callback_stopped_stays_stopped(tmp_path):
-    class Worse(Callback):
-        def on_epoch_end(self, epoch, logs):
-            logs["val_loss"] = float(epoch)
-
-    def fit(epochs, **options):
-        callbacks = [Worse(), EarlyStopping(patience=2), ModelCheckpoint(tmp_path)]
-        return Trainer(make_model(), seed=0).fit(make_x(), epochs=epochs, callbacks=callbacks, verbose=False, **options)
-
-    assert fit(9).epoch == [0, 1, 2]
-    assert fit(9, resume=tmp_path).epoch == [0, 1, 2]
-
-
-def test_a_finished_fit_goes_on_to_more_epochs(tmp_path):
-    whole, _ = run("engine with dropout", epochs=5)
-    run("engine with dropout", tmp_path, epochs=3, stopping=EarlyStopping(patience=2, restore_best_weights=False))
-    resumed, _ = run("engine with dropout", tmp_path, epochs=5, resume=tmp_path)
-    assert_same(resumed, whole)
-
-
-def test_by_hand_between_calls_of_partial_fit(tmp_path):
-    batches = make_x(40).split(8)
-    whole, first = (Trainer(dropping_model(), lr=0.01, seed=1) for _ in range(2))
-    losses = [whole.partial_fit(batch) for batch in batches]
-    assert [first.partial_fit(batch) for batch in batches[:2]] == losses[:2]
-    first.save_checkpoint(tmp_path, preprocessing={"scale": 2})
-    second = Trainer(dropping_model(), seed=8, lr=0.5)
-    second.load_checkpoint(tmp_path)
-    assert [second.partial_fit(batch) for batch in batches[2:]] == losses[2:]
-    assert_same_weights(second.model, whole.model)
-    assert load_preprocessing(tmp_path) == {"scale": 2} == Checkpoint.read(tmp_path).preprocessing
-    assert_same_weights(load_pretrained(tmp_path), first.model)
-
-
-def test_a_data_set_is_saved_after_epochs_and_not_inside_one(tmp_path):
-    data = TensorDataset(make_x(20))
-
-    def fit(epochs, folder=None, **options):
-        trainer = Trainer(dropping_model(), seed=0)
-        callbacks = [] if folder is None else [ModelCheckpoint(folder, None)]
-        trainer.fit(data, epochs=epochs, batch_size=8, callbacks=callbacks, verbose=False, **options)
-        return trainer
-
-    whole = fit(4)
-    fit(2, tmp_path / "a")
-    assert_same_weights(fit(4, resume=tmp_path / "a").model, whole.model)
-    with pytest.raises(CheckpointError, match="every_steps needs arrays"):
-        Trainer(make_model()).fit(data, callbacks=[ModelCheckpoint(tmp_path / "b", None, every_steps=1)], verbose=False)
-
-    class Save(Callback):
-        def on_train_batch_end(self, batch, logs):
-            self.trainer.save_checkpoint(tmp_path / "c")
-
-    with pytest.raises(CheckpointError, match="a checkpoint inside an epoch needs arrays"):
-        Trainer(make_model()).fit(data, callbacks=[Save()], verbose=False)
+from fastenc.training.checkpoint import CHECKPOINT_FILE
 
 
 def saved(folder, model=None, **options):
@@ -392,33 +173,6 @@ def test_what_a_checkpoint_can_hold(tmp_path):
     callbacks = [Remembers({"what": object()}), ModelCheckpoint(tmp_path / "b", None)]
     with pytest.raises(CheckpointError, match=r"callbacks\.0\.1\.what is a object, which a checkpoint cannot hold"):
         Trainer(make_model()).fit(make_x(), callbacks=callbacks, verbose=False)
-
-
-S = torch.optim.lr_scheduler
-TORCH_SCHEDULES = {
-    "StepLR": lambda o: S.StepLR(o, 2),
-    "LambdaLR": lambda o: S.LambdaLR(o, lambda epoch: 0.9**epoch),
-    "OneCycleLR": lambda o: S.OneCycleLR(o, 0.1, 100),
-    "CyclicLR": lambda o: S.CyclicLR(o, 0.01, 0.1, mode="triangular2"),
-    "CosineAnnealingWarmRestarts": lambda o: S.CosineAnnealingWarmRestarts(o, 2),
-    "ReduceLROnPlateau": lambda o: S.ReduceLROnPlateau(o, patience=0),
-    "SequentialLR": lambda o: S.SequentialLR(o, [S.ConstantLR(o, 0.1, 2), S.ExponentialLR(o, 0.9)], [2]),
-}
-
-
-@pytest.mark.parametrize("name", TORCH_SCHEDULES)
-def test_torch_schedulers_go_on(tmp_path, name):
-    def fit(epochs, folder=None, **options):
-        model = make_model()
-        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-        trainer = Trainer(model, optimizer, schedule=TORCH_SCHEDULES[name](optimizer), seed=0)
-        callbacks = [] if folder is None else [ModelCheckpoint(folder, None)]
-        trainer.fit(make_x(), epochs=epochs, callbacks=callbacks, verbose=False, **options)
-        return trainer
-
-    whole = fit(6)
-    fit(3, tmp_path)
-    assert_same(fit(6, resume=tmp_path), whole)
 
 
 def test_tied_weights_stay_tied(tmp_path):

@@ -20,7 +20,7 @@ from ..labelled import prepare, save, train_privately
 from ..labelled import train as train_with_labels
 from ..multitask import ONE_ROW_LOSSES
 from ..pipeline import check_model_folder, one_sentence
-from .items import finetune_items, refuse
+from .items import ItemsJob, finetune_items, refuse
 from .options import (
     ColumnOption,
     DataArgument,
@@ -349,14 +349,7 @@ def finetune_kind(
     if isinstance(target, list) or isinstance(of_targets["task"], dict) or isinstance(of_targets["loss"], dict):
         raise DataError("a front end takes one --target, with one --task and one --loss; leave the others out")
     finetune_items(
-        data,
-        kind,
-        out,
-        network,
-        fitting,
-        fitting.trainer(),
-        target,
-        column,
+        ItemsJob(data, kind, out, network, fitting, fitting.trainer(), target, column),
         strategy=beginning.strategy,
         start=beginning.encoder,
         frozen=beginning.frozen,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..collected import (
 )
 from ..data import DataError
 from ..evaluation import EvaluationReport
-from ..frontends import collect
+from ..frontends import FrontEncoder, collect
 from ..frontends.batches import encode_items
 from ..pipeline import SavedModel, one_sentence
 from ..record import read_record
@@ -40,53 +40,63 @@ def refuse(kind: str, *groups: Any) -> None:
                 raise DataError(f"--{field.name.replace('_', '-')} is not for items of the kind {kind}; leave it out")
 
 
-def _split(
-    data: str, kind: str, fitting: Fitting, target: str | None, column: str | None, reader: Any = None
-) -> SplitItems:
-    split = split_items(collect(data, kind, target, column), fitting.validation_split, fitting.seed, reader)
-    typer.echo(f"{len(split.kept)} items of the kind {kind} to train on, {len(split.held_out)} to validate on")
-    if fitting.patience is not None and len(split.held_out) == 0:
-        raise DataError(f"--patience needs items to validate on, and {data} leaves none; raise --validation-split")
-    return split
+@dataclass(frozen=True)
+class ItemsJob:
+    """What `fastenc train` and `fastenc finetune` are given alike, of items.
+
+    data, kind        where they are, and what they are
+    out               the folder of the model
+    network, fitting  the options of those names; `trainer` are the Trainer's of them
+    target, column    what holds the labels, and of a table of texts the texts
+    """
+
+    data: str
+    kind: str
+    out: Path
+    network: Network
+    fitting: Fitting
+    trainer: dict[str, Any]
+    target: str | None
+    column: str | None
+
+    def split(self, reader: Any = None) -> SplitItems:
+        """The items, some of them held out; read as those of the model whose reader is given, if one is."""
+        fitting = self.fitting
+        collection = collect(self.data, self.kind, self.target, self.column)
+        split = split_items(collection, fitting.validation_split, fitting.seed, reader)
+        typer.echo(f"{len(split.kept)} items of the kind {self.kind} to train on, {len(split.held_out)} to validate on")
+        if fitting.patience is not None and len(split.held_out) == 0:
+            raise DataError(
+                f"--patience needs items to validate on, and {self.data} leaves none; raise --validation-split"
+            )
+        return split
+
+    def new_encoder(self, split: SplitItems) -> FrontEncoder:
+        network = self.network
+        return make_encoder(split.reader, parse_widths(network.widths), network.activation, network.dropout)
+
+    def fit_options(self) -> dict[str, Any]:
+        """Of the functions that train: epochs, rows of a batch, patience, and the Trainer's but the seed."""
+        fitting = self.fitting
+        own = {"epochs": fitting.epochs, "batch_size": fitting.batch_size, "patience": fitting.patience}
+        return own | {name: value for name, value in self.trainer.items() if name != "seed"}
 
 
-def _fitting(fitting: Fitting, options: dict[str, Any]) -> dict[str, Any]:
-    own = {"epochs": fitting.epochs, "batch_size": fitting.batch_size, "patience": fitting.patience}
-    return own | {name: value for name, value in options.items() if name != "seed"}
-
-
-def train_items(
-    data: str,
-    kind: str,
-    out: Path,
-    network: Network,
-    fitting: Fitting,
-    options: dict[str, Any],
-    target: str | None,
-    column: str | None,
-    loss: str,
-) -> None:
-    """`fastenc train` of items: an autoencoder of their summaries. `options` are the Trainer's."""
-    split = _split(data, kind, fitting, target, column)
-    torch.manual_seed(fitting.seed)
-    encoder = make_encoder(split.reader, parse_widths(network.widths), network.activation, network.dropout)
+def train_items(job: ItemsJob, loss: str) -> None:
+    """`fastenc train` of items: an autoencoder of their summaries."""
+    split = job.split()
+    torch.manual_seed(job.fitting.seed)
+    encoder = job.new_encoder(split)
     typer.echo(f"front end {type(encoder.frontend).__name__}: {encoder.frontend.out_features} features")
     began = time.perf_counter()
-    model, history = train_autoencoder(encoder, split, loss=loss, **_fitting(fitting, options))
+    model, history = train_autoencoder(encoder, split, loss=loss, **job.fit_options())
     seconds = time.perf_counter() - began
-    save_items_model(model, split, out, target, history)
-    typer.echo(f"{seconds:.1f} s: {describe_history(history)}; saved in {out}")
+    save_items_model(model, split, job.out, job.target, history)
+    typer.echo(f"{seconds:.1f} s: {describe_history(history)}; saved in {job.out}")
 
 
 def finetune_items(
-    data: str,
-    kind: str,
-    out: Path,
-    network: Network,
-    fitting: Fitting,
-    options: dict[str, Any],
-    target: str | None,
-    column: str | None,
+    job: ItemsJob,
     *,
     strategy: str,
     start: Path | None,
@@ -98,24 +108,24 @@ def finetune_items(
     """`fastenc finetune` of items: a head on their labels, from scratch, pre-trained, or from a saved model."""
     if (strategy == "transfer") != (start is not None):
         raise DataError("--strategy transfer and --from DIR go together; give both or neither")
-    encoder, reader = (None, None) if start is None else front_encoder_of(start, kind)
-    split = _split(data, kind, fitting, target, column, reader)
+    encoder, reader = (None, None) if start is None else front_encoder_of(start, job.kind)
+    split = job.split(reader)
     targets = read_labels(split.collection, task)
-    torch.manual_seed(fitting.seed)
+    torch.manual_seed(job.fitting.seed)
     if encoder is None:
-        encoder = make_encoder(split.reader, parse_widths(network.widths), network.activation, network.dropout)
+        encoder = job.new_encoder(split)
     began = time.perf_counter()
-    fitted = _fitting(fitting, options)
+    fitted = job.fit_options()
     if strategy == "pretrain":
-        _, before = train_autoencoder(encoder, split, **{**fitted, "epochs": pretraining_epochs or fitting.epochs})
+        _, before = train_autoencoder(encoder, split, **{**fitted, "epochs": pretraining_epochs or job.fitting.epochs})
         typer.echo(f"pre-training: {describe_history(before)}")
     if frozen is None:
         frozen = len(encoder.layers) - 1 if strategy == "transfer" else 0
     with one_sentence():
         model, history = train_head(encoder, split, targets, loss=loss, frozen=frozen, **fitted)
-    save_items_model(model, split, out, target, history, targets.classes)
+    save_items_model(model, split, job.out, job.target, history, targets.classes)
     typer.echo(f"training: {describe_history(history)}")
-    typer.echo(f"{time.perf_counter() - began:.1f} s; saved in {out}")
+    typer.echo(f"{time.perf_counter() - began:.1f} s; saved in {job.out}")
 
 
 def encode_to_file(saved: SavedModel, data: str, output: Path, column: str | None) -> None:

@@ -20,7 +20,7 @@ from ..private import PrivateFit, fit_private
 from ..record import write_record
 from ..report import dead_units
 from ..training import EarlyStopping, Trainer
-from .items import refuse, train_items
+from .items import ItemsJob, refuse, train_items
 from .options import (
     ColumnOption,
     DataArgument,
@@ -72,7 +72,7 @@ def train(
         refuse(kind, preparation, privacy)
         if isinstance(targets, list) or dtype != "float32":
             raise DataError("a front end takes one --target and computes in float32; leave the others and --dtype out")
-        train_items(data, kind, out, network, fitting, options, targets, column, loss)
+        train_items(ItemsJob(data, kind, out, network, fitting, options, targets, column), loss)
         return
     chunks = Chunks(data, target=targets)
     folder: Path = existing_parent(out)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +19,8 @@ from .checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from .distributed import Processes, is_first, own_device
 from .find_lr import LearningRates, find_rates
 from .fitting import Fit
-from .losses import LossFunction, fit_target, get_loss, one_class, weight_reason
+from .inputs import evened, place_of, read_inputs, read_source, read_train_and_validation
+from .losses import LossFunction, fit_target, get_loss
 from .measuring import EVALUATION_ROWS, measure, outputs
 from .metrics import Metrics
 from .model_checkpoint import ModelCheckpoint
@@ -32,7 +31,7 @@ from .recorder import CudaRecorder
 from .rng import RandomNumbers
 from .schedules import ScheduleLike, make_schedule
 from .sharing import Share, together
-from .sources import Rows, Stream, is_stream, make_rows, make_stream
+from .sources import Rows
 from .update import Update
 from .weights import mode
 
@@ -124,7 +123,7 @@ class Trainer:
             clip_value,
             rate=lr if callable(lr) else None,
             accumulate=accumulate,
-            scaler=make_scaler(precision, self._parameter().device),
+            scaler=make_scaler(precision, place_of(self.model).device),
         )
         self.metrics = Metrics(metrics)
         self.history = History()
@@ -190,8 +189,16 @@ class Trainer:
         if not 0.0 <= validation_split < 1.0:
             raise ValueError(f"validation_split is {validation_split}; it must be at least 0 and less than 1")
         with self.autocast():
-            train, validation = self._train_and_validation(
-                x, y, sample_weight, batch_size, shuffle, validation_split, validation_data
+            train, validation = read_train_and_validation(
+                self.model,
+                self.loss,
+                x,
+                y,
+                sample_weight,
+                batch_size,
+                shuffle,
+                validation_split,
+                validation_data,
             )
             if augment is not None:
                 train = augmented(train, augment, self.model, self.loss)
@@ -238,7 +245,7 @@ class Trainer:
         if batch_size is not None:
             _check_count("batch_size", batch_size)
         with self.autocast():
-            train = self._source(x, y, ("x", "y"), batch_size or EVALUATION_ROWS, False)
+            train = read_source(self.model, self.loss, x, y, batch_size or EVALUATION_ROWS, False)
         size = batch_size or (len(train) if isinstance(train, Rows) else EVALUATION_ROWS)
         with self._training():
             return Fit(self, train, batch_size=size, shuffle=False).run_once()
@@ -290,7 +297,7 @@ class Trainer:
         """
         _check_count("batch_size", batch_size)
         with self.autocast():
-            train = self._source(x, y, ("x", "y"), batch_size, True)
+            train = read_source(self.model, self.loss, x, y, batch_size, True)
         if not isinstance(train, Rows):
             raise DataError("find_lr needs arrays, and x is a Dataset or DataLoader; give it some of the rows")
         with self._training():
@@ -317,7 +324,7 @@ class Trainer:
         for callback in callbacks:
             callback.trainer = self
         with self.autocast():
-            source = _evened(self._source(x, y, ("x", "y"), batch_size, False, sample_weight), "x")
+            source = evened(read_source(self.model, self.loss, x, y, batch_size, False, sample_weight), "x")
             if self.share is not None:
                 self.share.agree_on(source)
             return measure(self, source, batch_size, callbacks)
@@ -340,7 +347,7 @@ class Trainer:
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision's, around what the model computes; nothing for fp32."""
         dtype = PRECISIONS[self.precision]
-        return nullcontext() if dtype is None else torch.autocast(self._parameter().device.type, dtype)
+        return nullcontext() if dtype is None else torch.autocast(place_of(self.model).device.type, dtype)
 
     def batch_loss(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch, or of this process's share of it."""
@@ -361,7 +368,7 @@ class Trainer:
 
     def _outputs(self, function: Callable[[Tensor], Tensor], x: Any, batch_size: int) -> Any:
         _check_count("batch_size", batch_size)
-        source = self._inputs(x, None, ("x", "y"), batch_size, False)
+        source = read_inputs(self.model, x, None, batch_size, False)
         with mode(self.model, training=False), torch.inference_mode():
             result = outputs(function, source, batch_size)
         if isinstance(x, Tensor):
@@ -371,86 +378,8 @@ class Trainer:
     @contextmanager
     def _training(self) -> Iterator[None]:
         """The Trainer's random numbers, training mode and precision."""
-        with self.random_numbers.use(self._parameter().device), mode(self.model, training=True), self.autocast():
+        with self.random_numbers.use(place_of(self.model).device), mode(self.model, training=True), self.autocast():
             yield
-
-    def _train_and_validation(
-        self,
-        x: Any,
-        y: Any,
-        weight: Any,
-        batch_size: int,
-        shuffle: bool,
-        validation_split: float,
-        validation_data: Any,
-    ) -> tuple[Rows | Stream, Rows | Stream | None]:
-        train = self._source(x, y, ("x", "y"), batch_size, shuffle, weight)
-        if validation_data is not None:
-            given = validation_data if isinstance(validation_data, tuple) else (validation_data, None)
-            if len(given) not in (2, 3):
-                raise ValueError(f"validation_data is a tuple of {len(given)}; give x, (x, y) or (x, y, sample_weight)")
-            names = ("validation x", "validation y")
-            weight = given[2] if len(given) == 3 else None
-            validation = self._source(given[0], given[1], names, EVALUATION_ROWS, False, weight)
-            return _evened(train, "x"), _evened(validation, "validation x")
-        if validation_split == 0.0:
-            return _evened(train, "x"), None
-        if not isinstance(train, Rows):
-            raise DataError("validation_split needs arrays, and x is a Dataset or DataLoader; give validation_data")
-        train, validation = train.split(validation_split)
-        if self.loss == "cross_entropy" and one_class(validation.target) and not one_class(train.target):
-            warnings.warn(
-                f"the last {validation_split:g} of the rows, which validation_split takes, are of one class; mix the "
-                "rows before, or give validation_data",
-                stacklevel=3,
-            )
-        return _evened(train, "x without the validation split"), _evened(validation, "the validation split")
-
-    def _parameter(self) -> Tensor:
-        """A parameter whose device and dtype are the model's."""
-        return next(parameter for parameter in self.model.parameters() if parameter.is_floating_point())
-
-    def _inputs(self, x: Any, y: Any, names: tuple[str, str], batch_size: int, shuffle: bool) -> Rows | Stream:
-        parameter = self._parameter()
-        place = (parameter.device, parameter.dtype, in_features(self.model))
-        if is_stream(x):
-            return make_stream(x, y, names[0], batch_size, shuffle, *place)
-        return make_rows(x, y, names, *place)
-
-    def _source(
-        self, x: Any, y: Any, names: tuple[str, str], batch_size: int, shuffle: bool, weight: Any = None
-    ) -> Rows | Stream:
-        """Inputs, targets and weights, of which arrays are checked as a whole and streams batch by batch."""
-        source = self._inputs(x, y, names, batch_size, shuffle)
-        if weight is not None:
-            if isinstance(source, Stream):
-                raise DataError(f"sample_weight needs arrays, and {names[0]} is a Dataset or DataLoader; leave it out")
-            if reason := weight_reason(self.loss):
-                raise DataError(f"sample_weight weighs each row, and {reason}")
-            source = source.weighed(weight, "sample_weight")
-        if isinstance(source, Stream) or callable(self.loss):
-            return source
-        if y is None and self.loss == "cross_entropy":
-            raise DataError(
-                f"loss='cross_entropy' needs labels, and there is no {names[1]}; give one label for each row"
-            )
-        with mode(self.model, training=False), torch.inference_mode():
-            output = self.model(source.x[:1].clone())  # a model may write to its input
-        target = fit_target(source.target, output, self.loss, names[0] if y is None else names[1])
-        return replace(source, target=target)
-
-
-def _evened(source: Rows | Stream, name: str) -> Rows | Stream:
-    """The source with weights of mean 1, if it has any."""
-    return source.evened(name) if isinstance(source, Rows) else source
-
-
-def in_features(model: nn.Module) -> int | None:
-    """How many features a row has that the model takes, where the model tells: itself, its encoder or first layer."""
-    if isinstance(model, nn.Sequential):
-        return in_features(model[0]) if len(model) else None
-    features = getattr(getattr(model, "encoder", model), "in_features", None)
-    return features if isinstance(features, int) and features > 0 else None
 
 
 def _check_count(name: str, count: int) -> None:
