@@ -89,10 +89,6 @@ std::string configure(std::string isa, bool brgemm) { return fastenc::configure(
 // The address of what eager.cpp needs of this library.
 int64_t access_address() { return reinterpret_cast<int64_t>(&kAccess); }
 
-bool leaves_to_aten(int64_t M, int64_t N, int64_t K, bool training, bool in_stack) {
-  return fastenc::leaves_to_aten(M, N, K, training, in_stack);
-}
-
 double brgemm_gflops(bool bfloat16) { return fastenc::brgemm_gflops(bfloat16); }
 
 }  // namespace
@@ -109,7 +105,6 @@ STABLE_TORCH_LIBRARY(fastenc_cpu, m) {
       "-> Tensor[]");
   m.def("access() -> int");
   m.def("configure(str isa, bool brgemm) -> str");
-  m.def("leaves_to_aten(int M, int N, int K, bool training, bool in_stack) -> bool");
   m.def("brgemm_gflops(bool bfloat16) -> float");
 }
 
@@ -123,6 +118,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastenc_cpu, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastenc_cpu, CompositeExplicitAutograd, m) {
   m.impl("access", TORCH_BOX(&access_address));
   m.impl("configure", TORCH_BOX(&configure));
-  m.impl("leaves_to_aten", TORCH_BOX(&leaves_to_aten));
   m.impl("brgemm_gflops", TORCH_BOX(&brgemm_gflops));
 }

@@ -22,11 +22,13 @@ class Activation:
     """An activation and its derivative.
 
     `forward(preact) -> out`, elementwise, any shape.
+    `forward_(preact) -> out` is the same in the memory of preact, where no gradient follows.
     `backward(grad_out, saved) -> grad_preact`, itself differentiable. `saved` is `preact` if `saves_preact`,
     else `out`.
     """
 
     forward: Callable[[Tensor], Tensor]
+    forward_: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
     saves_preact: bool = False
 
@@ -39,21 +41,23 @@ def _silu_backward(grad: Tensor, preact: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "identity": Activation(lambda z: z, lambda grad, out: grad),
-    "relu": Activation(F.relu, lambda grad, out: aten.threshold_backward(grad, out, 0)),
+    "identity": Activation(lambda z: z, lambda z: z, lambda grad, out: grad),
+    "relu": Activation(F.relu, torch.relu_, lambda grad, out: aten.threshold_backward(grad, out, 0)),
     "leaky_relu": Activation(
         lambda z: F.leaky_relu(z, LEAKY_RELU_SLOPE),
+        lambda z: F.leaky_relu_(z, LEAKY_RELU_SLOPE),
         lambda grad, out: aten.leaky_relu_backward(grad, out, LEAKY_RELU_SLOPE, True),
     ),
-    "sigmoid": Activation(torch.sigmoid, lambda grad, out: aten.sigmoid_backward(grad, out)),
-    "tanh": Activation(torch.tanh, lambda grad, out: aten.tanh_backward(grad, out)),
-    "gelu": Activation(F.gelu, lambda grad, preact: aten.gelu_backward(grad, preact), saves_preact=True),
+    "sigmoid": Activation(torch.sigmoid, torch.sigmoid_, lambda grad, out: aten.sigmoid_backward(grad, out)),
+    "tanh": Activation(torch.tanh, torch.tanh_, lambda grad, out: aten.tanh_backward(grad, out)),
+    "gelu": Activation(F.gelu, aten.gelu_, lambda grad, preact: aten.gelu_backward(grad, preact), saves_preact=True),
     "gelu_tanh": Activation(
         lambda z: F.gelu(z, approximate="tanh"),
+        lambda z: aten.gelu_(z, approximate="tanh"),
         lambda grad, preact: aten.gelu_backward(grad, preact, approximate="tanh"),
         saves_preact=True,
     ),
-    "silu": Activation(F.silu, _silu_backward, saves_preact=True),
+    "silu": Activation(F.silu, lambda z: F.silu(z, inplace=True), _silu_backward, saves_preact=True),
 }
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from . import operators as _registered  # noqa: F401 - torch.ops.fastenc
 from . import ops
 from .activation import activation_code, activation_codes, get_activation
-from .backends import reference
+from .backends import cpu, reference
 
 
 class FusedDenseFunction(torch.autograd.Function):
@@ -179,13 +179,20 @@ def fused_dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, activatio
         ValueError: the activation is unknown.
         RuntimeError: as `torch.nn.functional.linear`, where shapes, dtypes or devices do not match.
     """
+    act = get_activation(activation)
     traced = _traced_by()
     if traced is None and not x.is_cuda and (operators := ops.everyday()):
+        # What C++ would leave to ATen is left to it here: each call through the dispatcher takes some us.
+        training = torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        if cpu.leaves(x, weight, training, in_stack=False) and not torch.is_autocast_enabled("cpu"):
+            z = F.linear(x, weight, bias)
+            return act.forward(z) if training else act.forward_(z)
         try:
             return operators.dense.default(x, weight, bias, activation_code(activation))
         except NotImplementedError:  # of a tensor that takes part in F.linear alone, as quantised weights do
             pass
-    act = get_activation(activation)
     if traced == "operators" and _fits(x, weight, bias):
         x, weight, bias = _autocast(x, weight, bias)
         rows = x if x.dim() == 2 else x.reshape(-1, weight.shape[1])

@@ -61,7 +61,11 @@ class FusedDense(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused_dense(x, self.weight, self.bias, self.activation)
+        parameters = self._parameters  # `self.weight` finds it there, after looking in vain elsewhere
+        weight = parameters.get("weight")
+        if weight is None or "bias" not in parameters:  # they are computed by a parametrisation
+            return fused_dense(x, self.weight, self.bias, self.activation)
+        return fused_dense(x, weight, parameters["bias"], self.activation)
 
     def extra_repr(self) -> str:
         return (

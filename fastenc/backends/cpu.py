@@ -34,6 +34,11 @@ def why_unavailable() -> str | None:
 
 
 @functools.cache
+def _extension():
+    return importlib.import_module("fastenc._C")
+
+
+@functools.cache
 def eager_operators():
     """`torch.ops.fastenc_eager`: whole layers with their autograd in C++; None if not built for this torch.
 
@@ -72,7 +77,7 @@ def why_not(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
 def verdict(x: Tensor, weights: Sequence[Tensor], activations: Sequence[str], training: bool) -> tuple[bool, str]:
     """Whether these layers are faster here than in eager PyTorch, and why in words. csrc/eager.cpp asks the same."""
-    if len(weights) == 1 and _leaves(x, weights[0], training, in_stack=False):
+    if len(weights) == 1 and leaves(x, weights[0], training, in_stack=False):
         return False, "without AVX-512 eager PyTorch's product is as fast, and needs no packing of weights"
     return True, "fastest for these arguments"
 
@@ -81,17 +86,17 @@ def parts(x: Tensor, weights: Sequence[Tensor], training: bool) -> list[slice]:
     """A stack cut where a layer is wide enough to be left to eager PyTorch. csrc/eager.cpp does the same."""
     cut, first = [], 0
     for i, weight in enumerate(weights):
-        if _leaves(x, weight, training, in_stack=len(weights) > 1):
+        if leaves(x, weight, training, in_stack=len(weights) > 1):
             cut += [slice(first, i)] * (i > first) + [slice(i, i + 1)]
             first = i + 1
     return cut + [slice(first, len(weights))] * (len(weights) > first)
 
 
-def _leaves(x: Tensor, weight: Tensor, training: bool, in_stack: bool) -> bool:
-    if x.dtype != torch.float32 or weight.dim() != 2 or x.shape[-1] == 0:
+def leaves(x: Tensor, weight: Tensor, training: bool, in_stack: bool) -> bool:
+    """Whether a layer over the rows of x is left to eager PyTorch, as without AVX-512 wide ones are."""
+    if x.dtype is not torch.float32 or weight.dim() != 2 or x.dim() == 0 or (features := x.shape[-1]) == 0:
         return False
-    M, (N, K) = x.shape[:-1].numel(), weight.shape
-    return torch.ops.fastenc_cpu.leaves_to_aten.default(M, N, K, training, in_stack)
+    return _extension().leaves_to_aten(x.numel() // features, *weight.shape, training, in_stack)
 
 
 def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
