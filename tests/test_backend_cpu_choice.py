@@ -8,8 +8,10 @@ import accuracy
 import pytest
 import torch
 from accuracy import draw, eager, fused
+from torch.nn import functional as F
 
 import fastenc
+from fastenc.activation import ACTIVATIONS
 from fastenc.backends import cpu
 from fastenc.ops import record
 
@@ -54,6 +56,23 @@ def test_what_is_left_has_the_bits_of_aten(without_brgemm, path):
         out = fused(problem.x, problem.weights, problem.biases, problem.activations)
     assert torch.equal(out, eager(hidden, problem.weights[1:], problem.biases[1:], problem.activations[1:]))
     assert not torch.equal(hidden, eager(*first))  # or the test could not tell
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_single_wide_layer_has_the_bits_of_aten(without_brgemm, activation, training):
+    torch.manual_seed(0)
+    layer, x = fastenc.FusedDense(300, 300, activation=activation), torch.randn(64, 300)
+    with torch.set_grad_enabled(training):
+        out, wanted = layer(x), ACTIVATIONS[activation].forward(F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(out, wanted)
+    assert out.requires_grad == training
+
+
+def test_a_single_wide_layer_under_autocast_is_in_bfloat16(without_brgemm):
+    layer, x = fastenc.FusedDense(300, 300), torch.randn(64, 300)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
 
 
 def test_a_forced_backend_takes_all(without_brgemm):
