@@ -136,7 +136,10 @@ class Answer:
                     outcome = worker.run(self.question.measure, case, budget_s, rounds, self.options.seed + process)
                     self.measured[case.name].outcomes.append(outcome)
                     print(f"{self.question.name}: {case.name}: {in_words(outcome)}", file=sys.stderr)
-        self.peaks = self.peaks.raised_to(self.in_process(measure_peaks, cases, self.options.quick))
+        try:
+            self.peaks = self.peaks.raised_to(self.in_process(measure_peaks, cases, self.options.quick))
+        except BrokenProcessPool:  # what has been measured is not to be lost
+            print("The process that measured the peaks again died: shares are of those of before.", file=sys.stderr)
 
     def in_process(self, function: Callable[..., Any], *arguments: Any) -> Any:
         with Worker(self.tf32) as worker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -366,6 +367,20 @@ def test_a_failing_case_makes_the_exit_code_1_and_spares_the_others(
     assert errors[0].startswith("out of ours is off by")
     assert errors[1] == "the process that measured it died; is there enough memory?"
     assert errors[2] is None
+
+
+def test_peaks_that_cannot_be_measured_again_lose_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    true_submit, asked = command.Worker.submit, []
+
+    def submit(worker: command.Worker, function, *arguments):
+        asked.append(function)
+        if asked.count(machine.measure_peaks) == 2:
+            raise BrokenProcessPool
+        return true_submit(worker, function, *arguments)
+
+    monkeypatch.setattr(command.Worker, "submit", submit)
+    ask(monkeypatch, tmp_path)
+    assert len(read_rows(tmp_path / "lies.json")) == 3
 
 
 def test_ctrl_c_keeps_what_has_been_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
