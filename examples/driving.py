@@ -14,14 +14,12 @@ filter that this is compared with. Two models are learned on drives without faul
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import driving_world as world
 import numpy as np
 import torch
-from comparing import Row, write_results
+from comparing import Row, arguments, write_results
 from driving_pictures import draw_faults, draw_track
 from numpy.lib.stride_tricks import sliding_window_view
 from sklearn.metrics import roc_auc_score
@@ -40,7 +38,15 @@ NET, KNOWN, LOST, STARTED = "network, 2 s", "filter, start known", "filter, star
 
 
 def main() -> None:
-    args = arguments()
+    args = arguments(
+        "Place and faults from camera, lidar and inertial readings.",
+        "driving",
+        epochs=10,
+        seeds=1,
+        over="the training windows",
+        drives=(80, "to learn from; a quarter more to score"),
+        seconds=(60.0, "of each drive, at least 21"),
+    )
     scored = args.drives // 4
     places: dict[str, list[np.ndarray]] = {NET: [], KNOWN: [], LOST: [], STARTED: []}
     areas: dict[str, dict[str, list[float]]] = {"network": {}, "filter": {}}
@@ -77,19 +83,6 @@ def main() -> None:
             ),
         ],
     )
-
-
-def arguments() -> Any:
-    parser = argparse.ArgumentParser(description="Place and faults from camera, lidar and inertial readings.")
-    parser.add_argument("--out", type=Path, default=Path("out/driving"), help="folder for the pictures (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the training windows (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, help="how often, each from other drives (%(default)s)")
-    parser.add_argument("--drives", type=int, default=80, help="to learn from; a quarter more to score (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of each drive, at least 21 (%(default)s)")
-    found = parser.parse_args()
-    found.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    return found
 
 
 def drive_table(readings: np.ndarray) -> Any:
