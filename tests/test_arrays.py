@@ -202,15 +202,6 @@ def test_number_of_columns():
         as_rows(VALUES, features=64)
 
 
-@pytest.mark.parametrize(
-    "x",
-    [
-        np.array([[1.0], [1e300]]),
-        torch.tensor([[1.0], [1e300]], dtype=torch.float64),
-        pd.DataFrame({"a": [1.0, 1e300]}),
-    ],
-    ids=lambda x: type(x).__name__,
-)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_finite_rows_whose_sum_overflows_are_taken(dtype):
     largest = torch.finfo(dtype).max
@@ -222,6 +213,15 @@ def test_finite_rows_whose_sum_overflows_are_taken(dtype):
         as_rows(x, dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.array([[1.0], [1e300]]),
+        torch.tensor([[1.0], [1e300]], dtype=torch.float64),
+        pd.DataFrame({"a": [1.0, 1e300]}),
+    ],
+    ids=lambda x: type(x).__name__,
+)
 def test_overflow_is_reported_even_if_inf_is_allowed(x):
     with pytest.raises(DataError, match=r"1 value too large for float32, the first 1e\+300 in row 1"):
         as_rows(x, finite=False)
