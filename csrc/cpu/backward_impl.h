@@ -39,7 +39,7 @@ class Backward {
       const int64_t padded_out = round_up(layer.out, kLanes);
       plan.packed = needs_grad_in(l) && !few_rows_ && (!std::is_same_v<T, float> || args.M >= kPackWeightRows);
       plan.packed_offset = packed_size;
-      if (plan.packed) packed_size += packed_depth<Op>(layer.out) * round_up(layer.in, kLanes);
+      if (plan.packed) packed_size += packed_depth<Op>(layer.out) * panel_offset(layer.in, panel_count(layer.in));
       plan.transposed_offset = transposed_size;
       if (args.grad_weights[l] != nullptr) transposed_size += chunk_blocks * padded_out * schedule_.block_rows;
       plan.bias_offset = bias_size;
@@ -99,13 +99,14 @@ class Backward {
         const Layer& layer = args_.layers[l];
         const int64_t cols = panel_columns(layer.in, panel);
         pack_block<T, Op>({layer.weight, layer.in, 1}, 0, layer.out, panel * kPanel, cols, panel_data(l, panel),
-                          round_up(cols, kLanes));
+                          padded(cols));
       };
     });
   }
 
   Op* panel_data(int64_t l, int64_t panel) {
-    return packed_ + plans_.get()[l].packed_offset + panel * kPanel * packed_depth<Op>(args_.layers[l].out);
+    const Layer& layer = args_.layers[l];
+    return packed_ + plans_.get()[l].packed_offset + panel_offset(layer.in, panel) * packed_depth<Op>(layer.out);
   }
 
   // dZ of two layers in turn, [rows, round_up(out, kLanes)], for a block (or, layerwise, for all).
@@ -183,9 +184,8 @@ class Backward {
     if (layer.out == 0) {
       std::memset(C, 0, sizeof C);
     } else if (plans_.get()[l].packed) {
-      const int64_t ld = round_up(cols, kLanes);
-      gemm(runtime_, rows, ld, packed_depth<Op>(layer.out), ld_dz, ld, kPanel, /* add_C */ false, dz,
-           panel_data(l, panel), C);
+      gemm(runtime_, rows, round_up(cols, kLanes), packed_depth<Op>(layer.out), ld_dz, padded(cols), kPanel,
+           /* add_C */ false, dz, panel_data(l, panel), C);
     } else if constexpr (std::is_same_v<T, float>) {
       gemm(runtime_, rows, cols, layer.out, ld_dz, layer.in, kPanel, /* add_C */ false, dz,
            static_cast<const float*>(layer.weight) + col, C);

@@ -69,6 +69,11 @@ FASTENC_INLINE int64_t panel_count(int64_t columns) { return ceil_div(columns, k
 FASTENC_INLINE int64_t panel_columns(int64_t columns, int64_t panel) {
   return std::min(kPanel, columns - panel * kPanel);
 }
+// Where a panel of packed rows begins, times their depth; that of the one behind the last is the size.
+FASTENC_INLINE int64_t panel_offset(int64_t columns, int64_t panel) {
+  const int64_t whole = std::min(panel, columns / kPanel);
+  return whole * padded(kPanel) + (panel > whole ? padded(columns - whole * kPanel) : 0);
+}
 
 // out[r, :] = act(C[r, :] + bias) for a tile; also the value before act if preact, and the value as next layer's
 // operand if next. ld of C is kPanel; the others' are given.
@@ -105,7 +110,7 @@ class Forward {
       plan.dot = args.M <= 2 || args.M * 48 <= layer.in;
       plan.depth = packed_depth<Op>(layer.in);
       plan.offset = packed_size;
-      if (!plan.dot) packed_size += plan.depth * round_up(layer.out, kLanes);
+      if (!plan.dot) packed_size += plan.depth * panel_offset(layer.out, panel_count(layer.out));
       // An operand may be read where it lies, if it has the right type and (for bf16) no odd pair at the end.
       plan.in_place = std::is_same_v<T, Op> && (plan.dot || plan.depth == layer.in);
       widest_ = std::max(widest_, round_up(layer.out, kLanes));
@@ -186,13 +191,13 @@ class Forward {
         const Layer& layer = args_.layers[l];
         const int64_t cols = panel_columns(layer.out, panel);
         pack_transposed(static_cast<const T*>(layer.weight) + panel * kPanel * layer.in, cols, layer.in,
-                        panel_data(l, panel), round_up(cols, kLanes));
+                        panel_data(l, panel), padded(cols));
       };
     });
   }
 
   Op* panel_data(int64_t l, int64_t panel) {
-    return packed_ + plans_.get()[l].offset + panel * kPanel * plans_.get()[l].depth;
+    return packed_ + plans_.get()[l].offset + panel_offset(args_.layers[l].out, panel) * plans_.get()[l].depth;
   }
 
   void copy_x(const Buffers& buffers, int64_t block) {
@@ -226,8 +231,8 @@ class Forward {
       } else if (plan.dot) {
         gemm_nt(rows, cols, layer.in, A, lda, weight, layer.in, C, kPanel);
       } else if constexpr (std::is_same_v<TA, Op>) {
-        const int64_t ld = round_up(cols, kLanes);
-        gemm(runtime_, rows, ld, plan.depth, lda, ld, kPanel, /* add_C */ false, A, panel_data(l, panel), C);
+        gemm(runtime_, rows, round_up(cols, kLanes), plan.depth, lda, padded(cols), kPanel, /* add_C */ false, A,
+             panel_data(l, panel), C);
       }
     };
     if (l > 0) {

@@ -66,7 +66,7 @@ class Training : public AnyTraining {
   static constexpr bool kFloat = std::is_same_v<Op, float>;
 
   struct Plan {
-    int64_t ld_in, ld_out;  // of rows of activations: rounded up to vectors
+    int64_t ld_in, ld_out;  // of rows of activations
     int64_t packed;         // W^T in panels of outputs, in packed_
     int64_t packed_back;    // bf16: W in pairs of outputs, in packed_back_
     int64_t acts;           // the layer's input [chunk_rows, ld_in], in acts_ and, bf16, as pairs of rows in pairs_
@@ -153,7 +153,8 @@ class Training : public AnyTraining {
   void update_weight(Worker& worker, int64_t step, const Strip& strip, int64_t col, int64_t cols, const float* gradient,
                      int64_t ld_gradient);
   void update_bias(Worker& worker, int64_t step, const Strip& strip);
-  void apply(const Update& update, const Parameter& parameter, int64_t offset, int64_t count, const float* gradient);
+  void apply(const Update& update, const Parameter& parameter, int64_t offset, int64_t stride, int64_t rows,
+             int64_t cols, const float* gradient, int64_t ld_gradient);
   void finish_loss(const Chunk& chunk);
 
   const TrainArgs& args_;
@@ -196,10 +197,10 @@ Training<Op>::Training(const TrainArgs& args)
   while (bottom_ < args.depth && !trains(bottom_)) ++bottom_;
   for (int64_t l = 0; l < args.depth; ++l) {
     const TrainLayer& layer = args.layers[l];
-    const int64_t ld_in = round_up(layer.in, kLanes), ld_out = round_up(layer.out, kLanes);
+    const int64_t ld_in = padded(layer.in), ld_out = padded(layer.out);
     plans_.get()[l] = {ld_in,      ld_out,       packed,    packed_back, acts,
                        transposed, biases_size_, gradients, strips_,     hidden_size_};
-    packed += packed_depth<Op>(layer.in) * ld_out;
+    packed += packed_depth<Op>(layer.in) * panel_offset(layer.out, panel_count(layer.out));
     packed_back += packed_depth<Op>(layer.out) * ld_in;
     acts += chunk_rows_ * ld_in;
     if (layer.weight.trained) transposed += ld_out * ld_transposed();

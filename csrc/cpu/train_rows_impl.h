@@ -47,9 +47,10 @@ void Training<Op>::forward(const Worker& worker, const Chunk& chunk, int64_t l, 
   const Plan& plan = plans_.get()[l];
   const int64_t depth = packed_depth<Op>(layer.in);
   for (int64_t col = 0; col < layer.out; col += kPanel) {
-    const int64_t cols = panel_columns(layer.out, col / kPanel), ld = round_up(cols, kLanes);
-    gemm(*runtime_, rows, ld, depth, /* lda */ plan.ld_in, /* ldb */ ld, /* ldc */ kPanel, /* add_C */ false,
-         acts_.get() + plan.acts + row * plan.ld_in, packed_.get() + plan.packed + col * depth, worker.tile);
+    const int64_t panel = col / kPanel, cols = panel_columns(layer.out, panel);
+    gemm(*runtime_, rows, round_up(cols, kLanes), depth, /* lda */ plan.ld_in, /* ldb */ padded(cols),
+         /* ldc */ kPanel, /* add_C */ false, acts_.get() + plan.acts + row * plan.ld_in,
+         packed_.get() + plan.packed + panel_offset(layer.out, panel) * depth, worker.tile);
     with_activation(layer.activation, [&](auto activation) {
       forward_tile<decltype(activation)>(worker, chunk, l, row, rows, col, cols);
     });

@@ -25,8 +25,8 @@ void Training<Op>::pack_weight(const Worker& worker, const Strip& strip, int64_t
   const TrainLayer& layer = args_.layers[strip.layer];
   const Plan& plan = plans_.get()[strip.layer];
   const float* weight = layer.weight.value + strip.row * layer.in + col;
-  const int64_t panel = strip.row / kPanel, ld = round_up(panel_columns(layer.out, panel), kLanes);
-  Op* packed = packed_.get() + plan.packed + panel * kPanel * packed_depth<Op>(layer.in);
+  const int64_t panel = strip.row / kPanel, ld = padded(panel_columns(layer.out, panel));
+  Op* packed = packed_.get() + plan.packed + panel_offset(layer.out, panel) * packed_depth<Op>(layer.in);
   if constexpr (kFloat) {
     transpose(weight, layer.in, strip.rows, cols, packed + col * ld + strip.row % kPanel, ld);
   } else {
@@ -156,8 +156,7 @@ void Training<Op>::update_weight(Worker& worker, int64_t step, const Strip& stri
   const TrainLayer& layer = args_.layers[strip.layer];
   Update update = this->update(worker, layer.weight, step);
   if (!clips_norm()) update.l1 = static_cast<float>(args_.l1);  // else it is in the gradient already
-  for (int64_t r = 0; r < strip.rows; ++r)
-    apply(update, layer.weight, (strip.row + r) * layer.in + col, cols, gradient + r * ld_gradient);
+  apply(update, layer.weight, strip.row * layer.in + col, layer.in, strip.rows, cols, gradient, ld_gradient);
   pack_weight(worker, strip, col, cols);
 }
 
@@ -165,17 +164,20 @@ template <class Op>
 void Training<Op>::update_bias(Worker& worker, int64_t step, const Strip& strip) {
   const TrainLayer& layer = args_.layers[strip.layer];
   const float* gradient = bias_sums_.get() + plans_.get()[strip.layer].biases + strip.row;
-  apply(update(worker, layer.bias, step), layer.bias, strip.row, strip.rows, gradient);
+  apply(update(worker, layer.bias, step), layer.bias, strip.row, 0, 1, strip.rows, gradient, 0);
   pack_bias(strip);
 }
 
 template <class Op>
-void Training<Op>::apply(const Update& update, const Parameter& parameter, int64_t offset, int64_t count,
-                         const float* gradient) {
+void Training<Op>::apply(const Update& update, const Parameter& parameter, int64_t offset, int64_t stride, int64_t rows,
+                         int64_t cols, const float* gradient, int64_t ld_gradient) {
+  const auto as = [&](auto kind) {
+    update_tile<decltype(kind)::value>(update, parameter, offset, stride, rows, cols, gradient, ld_gradient);
+  };
   switch (args_.optimizer) {
-    case OptimizerKind::kSgd: return update_row<OptimizerKind::kSgd>(update, parameter, offset, count, gradient);
-    case OptimizerKind::kAdam: return update_row<OptimizerKind::kAdam>(update, parameter, offset, count, gradient);
-    case OptimizerKind::kAdamW: return update_row<OptimizerKind::kAdamW>(update, parameter, offset, count, gradient);
+    case OptimizerKind::kSgd: return as(std::integral_constant<OptimizerKind, OptimizerKind::kSgd>{});
+    case OptimizerKind::kAdam: return as(std::integral_constant<OptimizerKind, OptimizerKind::kAdam>{});
+    case OptimizerKind::kAdamW: return as(std::integral_constant<OptimizerKind, OptimizerKind::kAdamW>{});
   }
 }
 

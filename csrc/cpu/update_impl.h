@@ -85,33 +85,38 @@ FASTENC_INLINE Vec updated(const Update& update, Vec value, Vec gradient, Vec* f
   }
 }
 
-// `count` elements of a parameter from `offset` on; gradient: as many, final but for clipping.
+// The elements [rows, cols] of a parameter that begin at `offset`, their rows `stride` apart. gradient: as many, final
+// but for clipping.
 template <OptimizerKind kKind>
-inline void update_row(const Update& update, const Parameter& parameter, int64_t offset, int64_t count,
-                       const float* gradient) {
-  float* const value = parameter.value + offset;
-  float* const grad = parameter.grad == nullptr ? nullptr : parameter.grad + offset;
-  float* moments[2];
-  for (int i = 0; i < 2; ++i) moments[i] = parameter.moments[i] == nullptr ? nullptr : parameter.moments[i] + offset;
-  const auto lanes = [&](int64_t i, const auto& load_lanes, const auto& store_lanes) {
-    Vec first{}, second{};
-    const Vec old = load_lanes(value + i);
-    const Vec g = clipped(update, penalised(update.l1, load_lanes(gradient + i), old));
-    if (grad != nullptr) store_lanes(g, grad + i);
-    if (moments[0] != nullptr) first = load_lanes(moments[0] + i);
-    if constexpr (kKind != OptimizerKind::kSgd) second = load_lanes(moments[1] + i);
-    store_lanes(updated<kKind>(update, old, g, moments[0] == nullptr ? nullptr : &first, &second), value + i);
-    if (moments[0] != nullptr) store_lanes(first, moments[0] + i);
-    if constexpr (kKind != OptimizerKind::kSgd) store_lanes(second, moments[1] + i);
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    lanes(i, [](const float* src) { return load(src); }, [](Vec lane, float* dst) { store(lane, dst); });
-  if (i == count) return;
-  const int64_t rest = count - i + PLANTED(UpdateTooFar);
-  lanes(
-      i, [&](const float* src) { return load_part(src, rest); },
-      [&](Vec lane, float* dst) { store_part(lane, dst, rest); });
+inline void update_tile(const Update& shared, const Parameter& parameter, int64_t offset, int64_t stride, int64_t rows,
+                        int64_t cols, const float* gradient, int64_t ld_gradient) {
+  const Update update = shared;  // whose fields, being here, no store can change
+  const bool has_first = parameter.moments[0] != nullptr;
+  for (int64_t r = 0; r < rows; ++r, offset += stride, gradient += ld_gradient) {
+    float* const value = parameter.value + offset;
+    float* const grad = parameter.grad == nullptr ? nullptr : parameter.grad + offset;
+    float* const firsts = has_first ? parameter.moments[0] + offset : nullptr;
+    float* const seconds = kKind == OptimizerKind::kSgd ? nullptr : parameter.moments[1] + offset;
+    const auto lanes = [&](int64_t i, const auto& load_lanes, const auto& store_lanes) {
+      Vec first{}, second{};
+      const Vec old = load_lanes(value + i);
+      const Vec g = clipped(update, penalised(update.l1, load_lanes(gradient + i), old));
+      if (grad != nullptr) store_lanes(g, grad + i);
+      if (has_first) first = load_lanes(firsts + i);
+      if constexpr (kKind != OptimizerKind::kSgd) second = load_lanes(seconds + i);
+      store_lanes(updated<kKind>(update, old, g, has_first ? &first : nullptr, &second), value + i);
+      if (has_first) store_lanes(first, firsts + i);
+      if constexpr (kKind != OptimizerKind::kSgd) store_lanes(second, seconds + i);
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= cols; i += kLanes)
+      lanes(i, [](const float* src) { return load(src); }, [](Vec lane, float* dst) { store(lane, dst); });
+    if (i == cols) continue;
+    const int64_t rest = cols - i + PLANTED(UpdateTooFar);
+    lanes(
+        i, [&](const float* src) { return load_part(src, rest); },
+        [&](Vec lane, float* dst) { store_part(lane, dst, rest); });
+  }
 }
 
 }  // namespace FASTENC_ISA
