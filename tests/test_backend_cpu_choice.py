@@ -33,7 +33,7 @@ def test_a_stack_is_cut_where_a_layer_is_wide_both_ways(without_brgemm):
     assert parts(64, 784, 128, 64, 32, 16) == [slice(0, 4)]
     assert parts(64, 100, 512, 256, 64, 64) == [slice(0, 1), slice(1, 2), slice(2, 4)]
     assert parts(64, 300, 300, 300) == [slice(0, 1), slice(1, 2)]
-    assert parts(8, 100, 512, 256, 64, 64) == [slice(0, 4)]  # so few rows need no packed weights
+    assert parts(32, 100, 512, 256, 64, 64) == [slice(0, 4)]  # so few rows are transposed, not the weights
 
 
 def test_few_rows_of_training_leave_large_weights(without_brgemm):
@@ -49,7 +49,7 @@ def test_other_dtypes_and_brgemm_keep_stacks_whole(without_brgemm):
 
 @pytest.mark.parametrize("path", ["everyday", "functions"])
 def test_what_is_left_has_the_bits_of_aten(without_brgemm, path):
-    problem = draw(32, (40, 300, 300))
+    problem = draw(40, (40, 300, 300))
     first = problem.x, problem.weights[:1], problem.biases[:1], problem.activations[:1]
     with accuracy.take_path(path), torch.no_grad():
         hidden = fused(*first)
@@ -76,14 +76,14 @@ def test_a_single_wide_layer_under_autocast_is_in_bfloat16(without_brgemm):
 
 
 def test_a_forced_backend_takes_all(without_brgemm):
-    problem = draw(32, (40, 300, 300))
+    problem = draw(40, (40, 300, 300))
     with record() as decisions, fastenc.use_backend("cpu"):
         fused(problem.x, problem.weights, problem.biases, problem.activations)
     assert [(d.widths, d.backend) for d in decisions] == [((40, 300, 300), "cpu")]
 
 
 def test_explain_tells_of_the_parts(without_brgemm):
-    problem = draw(32, (40, 300, 300, 7))
+    problem = draw(40, (40, 300, 300, 7))
     with record() as decisions, torch.no_grad():
         fused(problem.x, problem.weights, problem.biases, problem.activations)
     assert [(d.widths, d.backend) for d in decisions] == [
@@ -91,3 +91,8 @@ def test_explain_tells_of_the_parts(without_brgemm):
         ((300, 300), "eager PyTorch"),
         ((300, 7), "cpu"),
     ]
+
+
+def test_few_rows_are_left_in_training_of_vast_weights_alone(without_brgemm):
+    assert parts(32, 784, 2048, 10, training=True) == [slice(0, 1), slice(1, 2)]
+    assert parts(16, 784, 2048, 10, training=True) == parts(32, 784, 2048, 10, training=False) == [slice(0, 2)]

@@ -127,19 +127,20 @@ std::string configure(const std::string& isa, bool brgemm) {
 }
 
 bool leaves_to_aten(int64_t M, int64_t N, int64_t K, bool training, bool in_stack) {
-  constexpr int64_t kLeastRows = 16;          // of which a weight is packed
-  constexpr int64_t kLeastWork = 512 << 10;   // multiply-adds: below it is a call's own time that counts
-  constexpr int64_t kFewRows = 4;             // a gradient of which is a few outer products
-  constexpr int64_t kLargeWeight = 64 << 10;  // elements: writing its gradient is what takes time
-  constexpr int64_t kWideWeight = 128 << 10;  // elements of a weight of which the products take all the time,
-  constexpr int64_t kWideBothWays = 256;      // or its features on both sides
-  constexpr int64_t kHugeWeight = 600 << 10;  // elements, for a few rows of a stack
+  constexpr int64_t kFewRows = 4;              // a gradient of which is a few outer products
+  constexpr int64_t kSomeRows = 32;            // of which our products are ahead,
+  constexpr int64_t kFewerRows = 16;           // and these in training,
+  constexpr int64_t kVastWeight = 1536 << 10;  // where the weight has so many elements
+  constexpr int64_t kLeastWork = 512 << 10;    // multiply-adds: below it is a call's own time that counts
+  constexpr int64_t kLargeWeight = 64 << 10;   // elements: writing its gradient is what takes time
+  constexpr int64_t kHugeWeight = 600 << 10;   // the same in a stack
+  constexpr int64_t kWideWeight = 128 << 10;   // elements of a weight of which the products take all the time,
+  constexpr int64_t kWideBothWays = 256;       // or its features on both sides
   if (state().borrowed.brgemm_float != nullptr) return false;
-  const bool wide = N * K >= kWideWeight || std::min(N, K) >= kWideBothWays;
-  if (in_stack && M <= kFewRows) return training && N * K >= kHugeWeight;
-  if (in_stack) return M >= kLeastRows && wide;
-  if (!training) return M >= kLeastRows && M * N * K >= kLeastWork;
-  return M <= kFewRows ? N * K >= kLargeWeight : wide;
+  if (M <= kFewRows) return training && N * K >= (in_stack ? kHugeWeight : kLargeWeight);
+  if (M <= (training && N * K >= kVastWeight ? kFewerRows : kSomeRows)) return false;
+  if (training || in_stack) return N * K >= kWideWeight || std::min(N, K) >= kWideBothWays;
+  return M * N * K >= kLeastWork;
 }
 
 double brgemm_gflops(bool bfloat16) {
