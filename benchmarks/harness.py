@@ -22,6 +22,7 @@ from torch import Tensor
 from . import cuda
 
 SAMPLE_NS = 1_000_000  # a sample is as many calls as last this long, so that the clock's own cost does not count
+SLOW_BFLOAT16_FLOPS = 10**10  # of a call: PyTorch's bfloat16 products reach some 7 GFLOP/s with AVX2
 
 Results = tuple[Tensor, ...]
 Call = Callable[[], Results]
@@ -143,6 +144,8 @@ def run_case(case: Case, budget_s: float, rounds: int, seed: int) -> Outcome:
 
     Whatever goes wrong is the outcome's: one broken case must not take the others along.
     """
+    if reason := why_left_out(case):
+        return Outcome(missing={EVERY: reason})
     sides: Sides | None = None
     try:
         with threads(case.threads):
@@ -154,6 +157,14 @@ def run_case(case: Case, budget_s: float, rounds: int, seed: int) -> Outcome:
         if sides is not None:
             for side in (sides.ours, *sides.present().values()):
                 side.close()
+
+
+def why_left_out(case: Case) -> str | None:
+    """Why a case is not measured, where one call of eager PyTorch would take seconds; None where it is."""
+    slow = case.device == "cpu" and case.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if not slow or case.flops * case.steps <= SLOW_BFLOAT16_FLOPS:
+        return None
+    return f"{case.name}: without AVX-512 a call of PyTorch's bfloat16 products takes seconds"
 
 
 def set_up(case: Case, seed: int) -> Sides:

@@ -225,6 +225,14 @@ def test_a_case_that_lies_fails(index: int, change, message: str) -> None:
     assert error_of(with_sides(dense_case(), ours=tamper(index, change))).startswith(message)
 
 
+@pytest.mark.parametrize(("capability", "left_out"), [("AVX2", True), ("AVX512", False)])
+def test_long_calls_of_bfloat16_are_left_out_without_avx512(monkeypatch, capability: str, left_out: bool) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    outcomes = [run(replace(dense_case(dtype=dtype), steps=10**6)) for dtype in (torch.bfloat16, torch.float32)]
+    assert [EVERY in outcome.missing for outcome in outcomes] == [left_out, False]
+    assert not run(dense_case(dtype=torch.bfloat16)).missing
+
+
 def test_a_missing_gradient_fails() -> None:
     assert error_of(with_sides(dense_case(), ours=lambda call: lambda: call()[:-1])).startswith("ValueError")
 
