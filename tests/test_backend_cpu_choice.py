@@ -93,6 +93,18 @@ def test_explain_tells_of_the_parts(without_brgemm):
     ]
 
 
-def test_few_rows_are_left_in_training_of_vast_weights_alone(without_brgemm):
-    assert parts(32, 784, 2048, 10, training=True) == [slice(0, 1), slice(1, 2)]
-    assert parts(16, 784, 2048, 10, training=True) == parts(32, 784, 2048, 10, training=False) == [slice(0, 2)]
+def test_few_rows_are_left_in_training_a_stack(without_brgemm):
+    assert parts(16, 784, 512, 10, training=True) == [slice(0, 1), slice(1, 2)]
+    assert parts(15, 784, 512, 10, training=True) == parts(32, 784, 512, 10) == [slice(0, 2)]
+
+
+def test_a_single_vast_layer_is_left_in_training(without_brgemm):
+    def left(rows: int, features: int) -> bool:
+        return cpu.leaves(torch.empty(rows, 1024), torch.empty(features, 1024), training=True, in_stack=False)
+
+    assert [left(rows, features) for rows, features in ((15, 2048), (16, 2048), (32, 1024), (33, 1024))] == [
+        False,
+        True,
+        False,
+        True,
+    ]

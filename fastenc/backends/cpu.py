@@ -142,6 +142,11 @@ def describe() -> str:
 _configuration: list[str] = []
 
 
+def has_brgemm() -> bool:
+    """Whether products of fp32 are libtorch's brgemm, as with AVX-512, and not our own."""
+    return "float32" in describe()
+
+
 def configure(isa: str, brgemm: bool) -> str:
     """Choose the instruction set ("auto", "generic", "avx2", "avx512") and whether libtorch's brgemm may be used.
 
