@@ -436,6 +436,26 @@ def test_says_why_not(model, options, reason):
     assert trainer.explain().startswith(f"step by step: {reason}")
 
 
+@pytest.mark.parametrize(
+    ("widths", "batch", "brgemm", "backend", "whole"),
+    [
+        ((512, 512), 33, False, "auto", False),
+        ((512, 512), 32, False, "auto", True),
+        ((1024, 1024), 32, False, "auto", False),
+        ((512, 511), 33, False, "auto", True),
+        ((512, 512), 33, False, "cpu", True),
+        ((512, 512), 33, True, "auto", None),  # the engine where this CPU has brgemm
+    ],
+)
+def test_wide_layers_are_trained_step_by_step_without_brgemm(widths, batch, brgemm, backend, whole):
+    trainer = Trainer(Encoder(widths[0], widths[1:]))
+    with cpu.configured("auto", brgemm), use_backend(backend):
+        whole = cpu.has_brgemm() if whole is None else whole
+        trainer.fit(torch.rand(40, widths[0]), torch.rand(40, widths[1]), epochs=1, batch_size=batch, verbose=False)
+    assert ("C++" in trainer.explain()) == whole
+    assert whole or trainer.explain().startswith("step by step: without AVX-512 PyTorch's products are faster")
+
+
 def test_heads_and_their_metrics():
     torch.manual_seed(17)
     x = torch.randn(200, 17)
