@@ -31,16 +31,15 @@ FASTENC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; 
 FASTENC_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Floats from one row of an operand of our own to the next: whole vectors. Where products are our own, which read a
-// strip of the second operand down its rows, an odd number of cache lines: rows an even number apart share few sets of
-// the L1 cache.
+// strip of the second operand down its rows, not an even number of cache lines: such rows share few sets of the L1
+// cache.
 FASTENC_INLINE constexpr int64_t padded(int64_t columns) {
   const int64_t vectors = (columns + kLanes - 1) / kLanes * kLanes;
 #if defined(FASTENC_AVX512)
   return vectors;
 #else
   constexpr int64_t kLine = 16;
-  const int64_t lines = (vectors + kLine - 1) / kLine;
-  return lines % 2 == 0 ? (lines + 1) * kLine : vectors;
+  return vectors % (2 * kLine) == 0 ? vectors + kLine : vectors;
 #endif
 }
 
