@@ -33,8 +33,8 @@ FASTENC_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * 
 // Floats from one row of an operand of our own to the next: whole vectors. Where products are our own, which read a
 // strip of the second operand down its rows, not an even number of cache lines: such rows share few sets of the L1
 // cache.
-FASTENC_INLINE constexpr int64_t padded(int64_t columns) {
-  const int64_t vectors = (columns + kLanes - 1) / kLanes * kLanes;
+FASTENC_INLINE int64_t padded(int64_t columns) {
+  const int64_t vectors = round_up(columns, kLanes);
 #if defined(FASTENC_AVX512)
   return vectors;
 #else

@@ -130,7 +130,7 @@ bool leaves_to_aten(int64_t M, int64_t N, int64_t K, bool training, bool in_stac
   constexpr int64_t kFewRows = 4;              // a gradient of which is a few outer products
   constexpr int64_t kSomeRows = 32;            // of which our products are ahead,
   constexpr int64_t kFewerRows = 15;           // and these in training a stack or a layer
-  constexpr int64_t kVastWeight = 1536 << 10;  // of so many elements, which the L3 cache does not hold
+  constexpr int64_t kVastWeight = 1536 << 10;  // of so many elements: reading and writing them counts
   constexpr int64_t kLeastWork = 512 << 10;    // multiply-adds: below it is a call's own time that counts
   constexpr int64_t kLargeWeight = 64 << 10;   // elements: writing its gradient is what takes time
   constexpr int64_t kHugeWeight = 600 << 10;   // the same in a stack
@@ -138,8 +138,8 @@ bool leaves_to_aten(int64_t M, int64_t N, int64_t K, bool training, bool in_stac
   constexpr int64_t kWideBothWays = 256;       // or its features on both sides
   if (state().borrowed.brgemm_float != nullptr) return false;
   if (M <= kFewRows) return training && N * K >= (in_stack ? kHugeWeight : kLargeWeight);
-  const bool beyond_cache = training && (in_stack || N * K >= kVastWeight);
-  if (M <= (beyond_cache ? kFewerRows : kSomeRows)) return false;
+  const bool large = training && (in_stack || N * K >= kVastWeight);
+  if (M <= (large ? kFewerRows : kSomeRows)) return false;
   if (training || in_stack) return N * K >= kWideWeight || std::min(N, K) >= kWideBothWays;
   return M * N * K >= kLeastWork;
 }
