@@ -61,7 +61,7 @@ test-full: $(BUILD)/built $(VENV)/stamp-test $(VENV)/stamp-tools
 test-smoke: $(BUILD)/built $(VENV)/stamp-test
 	$(ENV_PYTHON) -m pytest tests/test_smoke.py $(ARGS)
 
-bench: $(BUILD)/built
+bench: $(BUILD)/built $(VENV)/stamp-tools
 	$(ENV_PYTHON) -m benchmarks $(ARGS)
 
 bench-peers: $(PEERS_VENV)/stamp-peers

@@ -1,7 +1,7 @@
 """`fastenc bench`, in a checkout also `python -m benchmarks`: ask questions of speed, or compare two earlier answers.
 
     fastenc bench                            # everything, some hours; the machine should do nothing else
-    fastenc bench --processes 1              # the same in an hour; intervals without what differs between processes
+    fastenc bench --processes 1              # less than two; intervals leave out what differs between processes
     fastenc bench fit step                   # some questions
     fastenc bench --quick --out /tmp/bench   # a smoke test
     fastenc bench --device cuda              # on a GPU; in a checkout `make gpu` does more

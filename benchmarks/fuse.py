@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib.util
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -28,9 +29,9 @@ COMPILED, BOTH, BACKEND = "torch.compile", "fuse, then torch.compile", "torch.co
 
 
 def cases(options: Options) -> Iterator[Case]:
-    names = QUICK_MODELS if options.quick else tuple(MODELS)
+    names = [name for name in (QUICK_MODELS if options.quick else MODELS) if is_installed(name)]
     for place, mode, name in itertools.product(options.places(), (INFERENCE, TRAINING), names):
-        if place.way == CALLS and all(importlib.util.find_spec(package) for package in MODELS[name].needs):
+        if place.way == CALLS:
             compiles = not options.quick and place.threads == max(options.threads)
             yield Case(
                 f"{name}, {mode}",
@@ -41,6 +42,15 @@ def cases(options: Options) -> Iterator[Case]:
                 partial(setup, name=name, compiles=compiles),
                 device=place.device,
             )
+
+
+def is_installed(name: str) -> bool:
+    """Whether what the model needs is; a line on stderr says what is not."""
+    missing = [package for package in MODELS[name].needs if importlib.util.find_spec(package) is None]
+    if missing:
+        packages = " and ".join(missing)
+        print(f'fuse: {name}: left out without {packages}; run: pip install "fastenc[tools]"', file=sys.stderr)
+    return not missing
 
 
 @functools.cache

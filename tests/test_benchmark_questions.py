@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed;
 
 from planted import dense_case
 
-from benchmarks import fit, memory, scaling, stacks, step
+from benchmarks import fit, fuse, memory, models, scaling, stacks, step
 from benchmarks.command import Options
 from benchmarks.harness import EVERY, Case, Outcome, Side, Sides, run_case
 
@@ -87,6 +87,17 @@ def test_a_map_is_read_again_and_its_file_goes(monkeypatch: pytest.MonkeyPatch) 
     assert Path(folders[0].name).exists()
     sides.ours.close()
     assert not Path(folders[0].name).exists()
+
+
+def test_a_model_that_lacks_a_package_is_left_out_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = fuse.QUICK_MODELS[0]
+    monkeypatch.setitem(models.MODELS, name, models.MODELS[name]._replace(needs=("torch", "no_such_package")))
+    assert not list(fuse.cases(OPTIONS))
+    assert capsys.readouterr().err == (
+        f'fuse: {name}: left out without no_such_package; run: pip install "fastenc[tools]"\n'
+    )
 
 
 def test_memory_of_inference_is_of_inference() -> None:
