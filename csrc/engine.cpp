@@ -75,6 +75,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The CPU kernels: importing registers the operators fastenc_cpu::*.";
   m.def("leaves_to_aten", leaves_to_aten, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("training"),
         py::arg("in_stack"), "Whether a layer of fp32 is left to ATen; see csrc/cpu/runtime.h.");
+  m.def("leaves_steps_to_aten", leaves_steps_to_aten, py::arg("batch"), py::arg("N"), py::arg("K"),
+        "Whether steps with such a layer, of fp32, are left to ATen; see csrc/cpu/runtime.h.");
   m.def("build_info", build_info_dict, "How the extensions were built: a dict of str.");
 
   py::class_<StepReader>(m, "StepReader", "Reads the steps of a chain; see csrc/steps.h.")

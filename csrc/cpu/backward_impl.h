@@ -39,7 +39,7 @@ class Backward {
       const int64_t padded_out = round_up(layer.out, kLanes);
       plan.packed = needs_grad_in(l) && !few_rows_ && (!std::is_same_v<T, float> || args.M >= kPackWeightRows);
       plan.packed_offset = packed_size;
-      if (plan.packed) packed_size += packed_depth<Op>(layer.out) * panel_offset(layer.in, panel_count(layer.in));
+      if (plan.packed) packed_size += packed_depth<Op>(layer.out) * panels_size(layer.in);
       plan.transposed_offset = transposed_size;
       if (args.grad_weights[l] != nullptr) transposed_size += chunk_blocks * padded_out * schedule_.block_rows;
       plan.bias_offset = bias_size;

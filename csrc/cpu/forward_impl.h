@@ -69,11 +69,13 @@ FASTENC_INLINE int64_t panel_count(int64_t columns) { return ceil_div(columns, k
 FASTENC_INLINE int64_t panel_columns(int64_t columns, int64_t panel) {
   return std::min(kPanel, columns - panel * kPanel);
 }
-// Where a panel of packed rows begins, times their depth; that of the one behind the last is the size.
+// Where a panel of packed rows begins, times their depth.
 FASTENC_INLINE int64_t panel_offset(int64_t columns, int64_t panel) {
   const int64_t whole = std::min(panel, columns / kPanel);
   return whole * padded(kPanel) + (panel > whole ? padded(columns - whole * kPanel) : 0);
 }
+// What all panels take, times their depth.
+FASTENC_INLINE int64_t panels_size(int64_t columns) { return panel_offset(columns, panel_count(columns)); }
 
 // out[r, :] = act(C[r, :] + bias) for a tile; also the value before act if preact, and the value as next layer's
 // operand if next. ld of C is kPanel; the others' are given.
@@ -110,7 +112,7 @@ class Forward {
       plan.dot = args.M <= 2 || args.M * 48 <= layer.in;
       plan.depth = packed_depth<Op>(layer.in);
       plan.offset = packed_size;
-      if (!plan.dot) packed_size += plan.depth * panel_offset(layer.out, panel_count(layer.out));
+      if (!plan.dot) packed_size += plan.depth * panels_size(layer.out);
       // An operand may be read where it lies, if it has the right type and (for bf16) no odd pair at the end.
       plan.in_place = std::is_same_v<T, Op> && (plan.dot || plan.depth == layer.in);
       widest_ = std::max(widest_, round_up(layer.out, kLanes));

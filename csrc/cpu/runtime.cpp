@@ -144,6 +144,12 @@ bool leaves_to_aten(int64_t M, int64_t N, int64_t K, bool training, bool in_stac
   return M * N * K >= kLeastWork;
 }
 
+bool leaves_steps_to_aten(int64_t batch, int64_t N, int64_t K) {
+  constexpr int64_t kFewRows = 32;  // in a batch: one block of the engine, which brings each weight from afar once
+  constexpr int64_t kWide = 512, kWideForFew = 1024;
+  return state().borrowed.brgemm_float == nullptr && std::min(N, K) >= (batch <= kFewRows ? kWideForFew : kWide);
+}
+
 double brgemm_gflops(bool bfloat16) {
   constexpr int64_t kRows = 64, kCols = 64, kDepth = 768, kCalls = 400;
   const Runtime borrowed = runtime();

@@ -22,6 +22,10 @@ std::string configure(const std::string& isa, bool brgemm);
 // in cache from one to the next. (Measured on an AMD EPYC with AVX2, Zen 3.)
 bool leaves_to_aten(int64_t M, int64_t N, int64_t K, bool training, bool in_stack);
 
+// Whether training steps of a stack with such a layer take less time in eager PyTorch than in the training engine:
+// without brgemm, where a wide layer's weights do not stay in cache from one block of rows to the next.
+bool leaves_steps_to_aten(int64_t batch, int64_t N, int64_t K);
+
 // 10^9 floating-point operations a second of brgemm on all of torch's threads, on tiles of an encoder's size: the peak
 // to compare kernels with. 0 where there is no brgemm.
 double brgemm_gflops(bool bfloat16);

@@ -200,7 +200,7 @@ Training<Op>::Training(const TrainArgs& args)
     const int64_t ld_in = padded(layer.in), ld_out = padded(layer.out);
     plans_.get()[l] = {ld_in,      ld_out,       packed,    packed_back, acts,
                        transposed, biases_size_, gradients, strips_,     hidden_size_};
-    packed += packed_depth<Op>(layer.in) * panel_offset(layer.out, panel_count(layer.out));
+    packed += packed_depth<Op>(layer.in) * panels_size(layer.out);
     packed_back += packed_depth<Op>(layer.out) * ld_in;
     acts += chunk_rows_ * ld_in;
     if (layer.weight.trained) transposed += ld_out * ld_transposed();

@@ -99,6 +99,11 @@ def leaves(x: Tensor, weight: Tensor, training: bool, in_stack: bool) -> bool:
     return _extension().leaves_to_aten(x.numel() // features, *weight.shape, training, in_stack)
 
 
+def leaves_steps(batch: int, weight: Tensor) -> bool:
+    """Whether fp32 training steps of a stack with this layer are left to eager PyTorch, one operation after another."""
+    return _extension().leaves_steps_to_aten(batch, *weight.shape)
+
+
 def dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, save: bool) -> tuple[Tensor, Tensor]:
     """See `fastenc::dense_forward`."""
     return torch.ops.fastenc_cpu.dense_forward.default(x, weight, bias, activation_code(activation), save)
@@ -140,11 +145,6 @@ def describe() -> str:
 
 
 _configuration: list[str] = []
-
-
-def has_brgemm() -> bool:
-    """Whether products of fp32 are libtorch's brgemm, as with AVX-512, and not our own."""
-    return "float32" in describe()
 
 
 def configure(isa: str, brgemm: bool) -> str:

@@ -27,9 +27,6 @@ OPTIMIZER_CODES = ("sgd", "adam", "adamw")  # as OptimizerKind
 CALL_S = 0.05  # about as long as Ctrl-C may wait; returning to Python costs a thousandth of it
 FIRST_STEPS = 8  # of the first call, from which the length of the next is told
 Stack = tuple[list[FusedDense], list[float]]  # as `plain_stack` gives it
-WIDE = 512  # features on both sides of a layer from which on, without brgemm, PyTorch's products make the faster steps,
-WIDE_FEW_ROWS = 1024  # and with batches of no more than FEW_ROWS
-FEW_ROWS = 32
 _UNKNOWN_OPTIONS = ("amsgrad", "maximize", "differentiable", "dampening")
 
 
@@ -220,10 +217,11 @@ class EngineSteps:
             dtype = torch.get_autocast_dtype("cpu")
             if dtype != torch.bfloat16 or name == "bce":
                 return f"autocast to {dtype} is on, which the engine cannot follow for this loss"
-        elif forced_backend() == "auto" and not cpu.has_brgemm():
-            wide = WIDE_FEW_ROWS if self._batch_size <= FEW_ROWS else WIDE
-            if any(min(layer.in_features, layer.out_features) >= wide for layer in stack[0]):
-                return f"without AVX-512 PyTorch's products are faster for layers of {wide} features both ways and more"
+        elif forced_backend() == "auto":
+            for layer in stack[0]:
+                if cpu.leaves_steps(self._batch_size, layer.weight):
+                    size = f"{layer.in_features} to {layer.out_features} features"
+                    return f"without AVX-512 PyTorch's products are faster for a layer of {size}"
         if name not in self._target_reason:
             self._target_reason[name] = _data_reason(self._rows, name, stack[0][-1].out_features)
         return self._target_reason[name]
