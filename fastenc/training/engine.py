@@ -94,12 +94,13 @@ class EngineSteps:
             self._taken += len(result[0])
             return result
         order = torch.arange(len(rows), device="cpu") if order is None else order.contiguous()
-        batches = order.split(batch_size)
-        counts = torch.tensor([len(batch) for batch in batches], device="cpu")
-        losses = torch.full((len(batches),), torch.nan, dtype=torch.float64, device="cpu")
+        steps = -(-len(order) // batch_size)
+        counts = torch.full((steps,), batch_size, device="cpu")
+        counts[-1] = len(order) - (steps - 1) * batch_size
+        losses = torch.full((steps,), torch.nan, dtype=torch.float64, device="cpu")
         self.seed = seed if seed is not None else int(torch.randint(2**62, (), device="cpu")) if self._drops else None
         done = 0
-        while done < len(batches):
+        while done < steps:
             if before_step is not None:
                 before_step(done)
             if after_step is not None and (done > 0 or before_step is not None):
@@ -120,7 +121,7 @@ class EngineSteps:
                 self._taken += len(rest)
                 done += len(rest)
                 break
-            count = 1 if after_step is not None else min(self._call_steps, len(batches) - done)
+            count = 1 if after_step is not None else min(self._call_steps, steps - done)
             taken = self._run(update, order, losses, done, count, first_step)
             done += taken
             if taken < count:
@@ -147,10 +148,12 @@ class EngineSteps:
         part = order[done * self._batch_size : (done + count) * self._batch_size]
         rates = update.rates(count)
         for parameter in self._trained:
-            parameter.grad = self._gradients.get(parameter)
+            if parameter.grad is not (gradient := self._gradients.get(parameter)):
+                parameter.grad = gradient
         start = time.perf_counter()
+        taken = None
         try:
-            self._engine.run(
+            taken = self._engine.run(
                 x=x.data_ptr(),
                 x_stride=x.stride(0),
                 target=0 if labels else target.data_ptr(),
@@ -165,10 +168,10 @@ class EngineSteps:
                 losses=losses[done:].data_ptr(),
             )
         finally:  # Ctrl-C is raised where the call returns, and its result is lost: the losses tell how far it came
-            taken = int(losses[done : done + count].isfinite().cumprod(0).sum())
+            if taken is None:
+                taken = int(losses[done : done + count].isfinite().cumprod(0).sum())
             update.advance(taken)
-            for parameter in self._trained:
-                increment_version(parameter)  # or autograd would take a graph of the old weights for a good one
+            increment_version(self._trained)  # or autograd would take a graph of the old weights for a good one
             torch.clear_autocast_cache()  # which may hold casts of the old weights
             self._taken += taken
             self._whole += taken

@@ -222,7 +222,9 @@ class Fit:
 
     def _update(self) -> Update:
         """The Trainer's, with the schedules of this fit."""
-        update = replace(self.trainer.update, optimizer=self.trainer.optimizer)  # a callback may have set another
+        update, optimizer = self.trainer.update, self.trainer.optimizer
+        if update.optimizer is not optimizer:  # a callback has set another
+            update = replace(update, optimizer=optimizer)
         if not self._schedules:
             return update
         for group in update.optimizer.param_groups:
@@ -292,9 +294,8 @@ class Fit:
 
     def _check(self, epoch: int, losses: Tensor) -> None:
         """Raises FloatingPointError if a loss or a weight is NaN or Inf."""
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
-            step, whole = int(bad[0]), self._whole
+        if not math.isfinite(losses.sum()):
+            step, whole = int((~losses.isfinite()).nonzero()[0]), self._whole
             kept = isinstance(whole, EngineSteps) and whole.stopped_in_time and all_finite(self.trainer.model)
             raise FloatingPointError(
                 f"the loss became {losses[step].item()} in epoch {epoch + 1}, step {step + 1}, and the model has the "

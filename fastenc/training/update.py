@@ -89,12 +89,10 @@ class Update:
 
     def rates(self, count: int) -> Tensor:
         """The learning rates of the next `count` steps: float64 [count, groups]. For steps taken as a whole."""
-        if not self.changing:
-            rates = torch.tensor(
-                [[float(group["lr"]) for group in self.optimizer.param_groups]], dtype=torch.float64, device="cpu"
-            )
-            return rates.expand(count, -1).contiguous()
-        values = [self._rates_at(self.steps.taken + step) for step in range(count)]
+        if self.changing:
+            values = [self._rates_at(self.steps.taken + step) for step in range(count)]
+        else:
+            values = [[float(group["lr"]) for group in self.optimizer.param_groups]] * count
         return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def advance(self, count: int) -> None:
