@@ -167,7 +167,12 @@ class Worker:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return self.pool.submit(function, *arguments).result()
+        try:
+            return self.pool.submit(function, *arguments).result()
+        except KeyboardInterrupt:  # nobody waits for what it measures, which may be minutes
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
     def run(self, measure: Callable[..., Outcome], *arguments: Any) -> Outcome:
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -45,6 +47,13 @@ def lying_setup(case: Case) -> Sides:
 
 def dying_setup(case: Case) -> Sides:
     os._exit(1)
+
+
+def sleeping_setup(case: Case) -> Sides:
+    """Tells on stderr that it has begun, and does not end."""
+    print("asleep", file=sys.stderr, flush=True)
+    time.sleep(600)
+    raise AssertionError("nobody has stopped it")
 
 
 def tamper(index: int, change: Callable[[Tensor], Tensor]) -> Callable[[Call], Call]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -14,7 +16,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/ is not installed; last, for an installed fastenc to count
 
-from planted import dense_case, dying_setup, lying_setup
+from planted import dense_case, dying_setup, lying_setup, sleeping_setup
 
 from benchmarks import QUESTIONS, __main__, command, dense, machine, stacks
 from benchmarks.__main__ import main
@@ -75,6 +77,33 @@ def test_ctrl_c_keeps_what_has_been_measured(monkeypatch: pytest.MonkeyPatch, tm
     assert ask(monkeypatch, tmp_path) == 130
     assert len(read_rows(tmp_path / "lies.json")) == 1
     assert (tmp_path / "RESULTS.md").exists()
+
+
+def sleeps(options: Options) -> list[Case]:
+    return [dense_case(), replace(dense_case(), mode="sleeping", setup=sleeping_setup)]
+
+
+def test_ctrl_c_does_not_wait_for_the_case_that_runs(tmp_path: Path) -> None:
+    program = """if True:
+        import signal, sys
+        from benchmarks import __main__
+        from benchmarks.command import Question
+        from test_benchmark_command import sleeps
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
+        __main__.QUESTIONS = (Question("sleeps", "Sleeps", sleeps, 0.0),)
+        sys.exit(__main__.main(["--quick", "--out", sys.argv[1]]))
+    """
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
+    start = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(start, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            if line == "asleep\n":
+                break
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130, run.stderr.read()
+    assert len(read_rows(tmp_path / "sleeps.json")) == 1
 
 
 @pytest.mark.parametrize(
