@@ -15,6 +15,7 @@
 
 #include "cpu/runtime.h"
 #include "cpu/stack.h"
+#include "pages.h"
 
 namespace fastenc {
 
@@ -92,6 +93,14 @@ struct Stack {
   }
 };
 
+// [rows, columns] of the dtype of x, for the kernels to fill.
+template <class Tensor>
+Tensor new_matrix(const Tensor& x, int64_t rows, int64_t columns) {
+  Tensor matrix = new_empty(x, {rows, columns});
+  prefer_huge_pages(matrix.mutable_data_ptr(), rows * columns * static_cast<int64_t>(matrix.element_size()));
+  return matrix;
+}
+
 // Runs the forward pass. Returns the outputs of all layers, then the pre-activations of those that need them; or,
 // unless save, the last output alone.
 template <class Tensor>
@@ -102,12 +111,12 @@ std::vector<Tensor> run_forward(const Access& access, const Tensor& x, const Sta
   results.reserve(2 * depth);
   std::vector<void*> pointers(2 * depth, nullptr);
   for (size_t l = save ? 0 : depth - 1; l < depth; ++l) {
-    results.push_back(new_empty(x, {M, stack.layers[l].out}));
+    results.push_back(new_matrix(x, M, stack.layers[l].out));
     pointers[l] = results.back().mutable_data_ptr();
   }
   for (size_t l = 0; save && l < depth; ++l) {
     if (!saves_preact(stack.layers[l].activation)) continue;
-    results.push_back(new_empty(x, {M, stack.layers[l].out}));
+    results.push_back(new_matrix(x, M, stack.layers[l].out));
     pointers[depth + l] = results.back().mutable_data_ptr();
   }
   if (M > 0)
@@ -140,9 +149,9 @@ std::vector<Tensor> run_backward(const Access& access, const Tensor& grad_out, c
       continue;
     }
     if (i == 0)
-      grads.push_back(new_empty(x, {M, x.size(1)}));
+      grads.push_back(new_matrix(x, M, x.size(1)));
     else if (i % 2 == 1)
-      grads.push_back(new_empty(x, {stack.layers[i / 2].out, stack.layers[i / 2].in}));
+      grads.push_back(new_matrix(x, stack.layers[i / 2].out, stack.layers[i / 2].in));
     else
       grads.push_back(new_empty(x, {stack.layers[i / 2 - 1].out}));
     if (M == 0 && i > 0) fill_zero(grads.back());
