@@ -20,7 +20,7 @@ from benchmarks.fit import FUSED_ADAM
 from benchmarks.report import Record, read_rows
 
 ROOT = Path(__file__).parents[1]
-WITH_AVX512, WITHOUT = "amd-epyc-zen5-2-cores-2026-11-24", "amd-epyc-zen3-2-cores-2026-11-28"
+WITH_AVX512, WITHOUT = "amd-epyc-zen5-2-cores-2026-11-24", "amd-epyc-zen3-2-cores-2026-11-29"
 ADAM, JAX_SCAN = "eager, Adam", "JAX, jit and scan of the epoch"
 ENCODER = (
     (stacks.FORWARD, "inference"),
